@@ -1,0 +1,176 @@
+"""`coca-video evaluate DATA --model RUN`: accuracy of a classifier, or retrieval of a CoCa."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import tyro
+
+from coca_video.cli.arguments import parse_options, say
+
+if TYPE_CHECKING:
+    from coca_video.hub import Saved
+
+MAX_CLASSES_SHOWN = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions:
+    """Accuracy of a trained probe on clips, or retrieval of a pretrained CoCa on captioned images."""
+
+    data: tyro.conf.Positional[Path]
+    """A manifest (CSV) or a folder of clips; for a CoCa, tar shards of captioned images."""
+    model: Path
+    """A finished run, or a model folder."""
+    split: str | None = None
+    """The manifest's rows with this split; all rows when not given."""
+    num_frames: int | None = None
+    """Frames a clip; what the model was trained with when not given."""
+    decoder: Literal["auto", "pyav", "decord"] = "auto"
+    """What reads the video files."""
+    batch_size: int = 16
+    """Clips (or images) at a time."""
+    num_workers: int = 0
+    """Processes that read data."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Of the encoder."""
+    out: Path | None = None
+    """Folder for the result; the model's own evaluation/ when not given."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluates, prints, writes the result. Status 1 when some of the data could not be read."""
+    options = parse_options(EvaluateOptions, verb="evaluate", arguments=arguments)
+    from coca_video.hub import load
+    from coca_video.models.coca import CoCa
+
+    saved = load(options.model)
+    if isinstance(saved.model, CoCa):
+        return _evaluate_retrieval(saved, options=options)
+    path = evaluate_manifest(saved, options=options)
+    evaluation = json.loads(path.read_text())
+    print_accuracy(evaluation)
+    say(f"Scores of every video and all figures: {path}")
+    total = evaluation["num_videos"] + evaluation["num_unreadable"]
+    return _report_unreadable(list(evaluation["unreadable"].values()), total=total)
+
+
+def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
+    """Scores every clip of `options.data` and writes the result; returns its file."""
+    from coca_video.data.manifest import read_manifest
+    from coca_video.data.video import ClipConfig, VideoDataset
+    from coca_video.eval.classification import evaluate_clips, write_result
+    from coca_video.models.video import VideoClassifier
+    from coca_video.train.loop import pick_device, progress_bar
+
+    model = saved.model
+    assert isinstance(model, VideoClassifier)
+    device = pick_device(options.device)
+    manifest = read_manifest(options.data, classes=saved.classes)
+    manifest = manifest if options.split is None else manifest.select(split=options.split)
+    manifest.check_files()
+    num_frames = options.num_frames or model.config.num_frames
+    clip = ClipConfig(num_frames=num_frames, image_size=model.config.image.image_size, decoder=options.decoder)
+    with progress_bar("evaluating", total=len(manifest.rows)) as bar:
+        result = evaluate_clips(
+            model.to(device),
+            dataset=VideoDataset(manifest, config=clip, seed=0),
+            classes=saved.classes,
+            device=device,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            bf16=options.precision == "bf16",
+            on_batch=bar.update,
+        )
+    facts = {
+        "model": str(options.model),
+        "data": str(options.data),
+        "split": options.split,
+        "num_frames": num_frames,
+        "precision": options.precision,
+    }
+    return write_result(_result_folder(options), name=_result_name(options), result=result, facts=facts)
+
+
+def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
+    from coca_video.data.image_text import PairDataset, open_shards
+    from coca_video.eval.retrieval import evaluate_retrieval
+    from coca_video.models.coca import CoCa
+    from coca_video.train.loop import pick_device, progress_bar
+
+    model = saved.model
+    assert isinstance(model, CoCa)
+    if saved.tokenizer is None:
+        raise ValueError(f"{options.model} has no tokenizer.json, which retrieval needs.")
+    for name in ("split", "num_frames"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for clips, and {options.model} is a CoCa: leave it out.")
+    device = pick_device(options.device)
+    dataset = PairDataset(open_shards(options.data), image_size=model.config.image.image_size, seed=0, augment=False)
+    with progress_bar("evaluating", total=len(dataset)) as bar:
+        result = evaluate_retrieval(
+            model.to(device),
+            dataset=dataset,
+            tokenizer=saved.tokenizer,
+            device=device,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            bf16=options.precision == "bf16",
+            on_batch=bar.update,
+        )
+    folder = _result_folder(options)
+    folder.mkdir(parents=True, exist_ok=True)
+    document = {
+        "model": str(options.model),
+        "data": str(options.data),
+        "num_images": result.num_images,
+        "num_captions": result.num_captions,
+        **result.metrics,
+        "unreadable": {sample.key: sample.cause for sample in result.unreadable},
+    }
+    path = folder / f"{_result_name(options)}.json"
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print(f"{result.num_images} images, {result.num_captions} captions")
+    for name, value in result.metrics.items():
+        print(f"{name:<28} {value:.4f}")
+    say(f"All figures: {path}")
+    return _report_unreadable([sample.cause for sample in result.unreadable], total=len(dataset))
+
+
+def _result_folder(options: EvaluateOptions) -> Path:
+    return options.out if options.out is not None else options.model / "evaluation"
+
+
+def _result_name(options: EvaluateOptions) -> str:
+    parts = [options.data.name.split(".")[0], options.split, options.num_frames and f"{options.num_frames}frames"]
+    return "_".join(str(part) for part in parts if part)
+
+
+def _report_unreadable(causes: list[str], *, total: int) -> int:
+    if not causes:
+        return 0
+    say(f"{len(causes)} of {total} could not be read; the figures above leave them out unless they say otherwise:")
+    for cause in causes:
+        say(f"  {cause}")
+    return 1
+
+
+def print_accuracy(evaluation: dict[str, Any]) -> None:
+    """The figures of a written result, with the classes from worst to best where there are few."""
+    print(f"videos      {evaluation['num_videos']} read, {evaluation['num_unreadable']} unreadable")
+    print(f"top-1       {evaluation['top1']:.4f}")
+    print(f"top-5       {evaluation['top5']:.4f}")
+    print(f"mean class  {evaluation['mean_class']:.4f}")
+    if evaluation["num_unreadable"]:
+        print(f"top-1 with unreadable videos as wrong  {evaluation['top1_unreadable_wrong']:.4f}")
+    seen = {name: row for name, row in evaluation["per_class"].items() if row["videos"]}
+    worst_first = sorted(seen.items(), key=lambda item: item[1]["top1"])
+    for name, row in worst_first[:MAX_CLASSES_SHOWN]:
+        print(f"  {row['top1']:.4f}  {name} ({row['videos']})")
+    if len(seen) > MAX_CLASSES_SHOWN:
+        print(f"  ... the {MAX_CLASSES_SHOWN} worst of {len(seen)} classes", file=sys.stderr)

@@ -1,0 +1,25 @@
+"""`coca-video pretrain CONFIG.py`: CoCa's image-text stage."""
+
+from collections.abc import Sequence
+
+from coca_video.cli.arguments import load_config, print_config_help, say, wants_help
+
+WHAT = "Trains CoCa on captioned images (tar shards in img2dataset's layout) and measures retrieval on test pairs."
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Trains, prints retrieval, says what to do next."""
+    if wants_help(arguments):
+        return print_config_help(verb="pretrain", what=WHAT) if arguments else _no_config()
+    from coca_video.train.pretrain import PretrainConfig, run_pretraining
+
+    config = load_config(PretrainConfig, verb="pretrain", arguments=arguments)
+    result = run_pretraining(config)
+    for name, value in result.metrics.items():
+        print(f"{name:<28} {value:.4f}")
+    say(f"The model is in {result.model_folder}. A probe on it: --encoder.path {config.out}")
+    return 0
+
+
+def _no_config() -> int:
+    raise ValueError("expected a config file, such as configs/pretrain/flickr8k_small.py; none was given.")

@@ -1,0 +1,1 @@
+"""Image-text pairs and clips: manifests, shards, decoding, sampling, order."""

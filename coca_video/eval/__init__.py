@@ -1,0 +1,1 @@
+"""Evaluation: metrics over whole data sets, and what feeds them."""

@@ -1,0 +1,72 @@
+"""Checkpoints to resume from: torch.distributed.checkpoint folders, written under another name, renamed when whole."""
+
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+# Frozen weights come from where the run took them (and are compared by fingerprint), so they are not written again.
+TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
+NUM_KEPT = 2  # the newest, and the one before it in case a disk fails
+
+
+class Checkpoints:
+    """The folder `checkpoints/` of a run: `step-00000500/` holds the state after 500 updates."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def newest(self) -> Path | None:
+        """The folder of the newest whole checkpoint, or None."""
+        found = self._whole()
+        return found[-1] if found else None
+
+    def _whole(self) -> list[Path]:
+        names = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name)]
+        return sorted(path for path in names if (path / ".metadata").is_file())
+
+    def save(self, step: int, *, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, str]) -> None:
+        """Writes the state after `step` updates, then removes all but the newest `NUM_KEPT`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial, final = self.folder / ".partial", self.folder / f"step-{step:08d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINABLE)
+        state = {"model": model_state, "optimizer": optimizer_state, "step": step, "extra": extra}
+        with _one_process():
+            state_dict_saver.save(state, checkpoint_id=partial, no_dist=True)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in self._whole()[:-NUM_KEPT]:
+            shutil.rmtree(old)
+
+    def restore(self, *, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, str]) -> int:
+        """Brings `model`, `optimizer` and `extra` to the newest checkpoint; returns its step, 0 if there is none."""
+        path = self.newest()
+        if path is None:
+            return 0
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINABLE)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "step": 0, "extra": extra}
+        with _one_process():
+            state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINABLE
+        )
+        extra.update(state["extra"])
+        return int(state["step"])
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Silences DCP's remark that it runs in one process: here it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

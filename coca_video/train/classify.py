@@ -1,0 +1,247 @@
+"""The probe: a frozen image encoder, ONE learned query over the tokens of all frames, softmax (CoCa section 3.3)."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from coca_video.data.manifest import Manifest, read_manifest
+from coca_video.data.video import ClipConfig, VideoDataset, collate_clips
+from coca_video.eval.classification import ClassificationResult, evaluate_clips, evaluate_tokens, write_result
+from coca_video.eval.features import TokenDataset, collate_tokens, encode_batch, encode_clips
+from coca_video.hub import fingerprint, load, save
+from coca_video.losses import classification_loss
+from coca_video.models.image import ImageConfig, ImageEncoder, resize_encoder
+from coca_video.models.video import VideoClassifier, VideoClassifierConfig
+from coca_video.train.loop import Device, LoopConfig, Sum, Training, pick_device, progress_bar, run_loop
+from coca_video.train.optim import OptimConfig, build_optimizer, update
+from coca_video.train.run import Run
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedEncoder:
+    """The image encoder of a finished run, or of a model folder."""
+
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomEncoder:
+    """A freshly initialised image encoder: the baseline that tells what pretraining is worth."""
+
+    image: ImageConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipsConfig:
+    """Labelled clips: manifests (CSV), or folders laid out as DIR/<class>/clip.mp4 or DIR/<split>/<class>/clip.mp4.
+
+    `test` is `train`'s manifest when None. A split of None takes all rows.
+    """
+
+    train: Path
+    test: Path | None = None
+    train_split: str | None = "train"
+    test_split: str | None = "test"
+    decoder: Literal["auto", "pyav", "decord"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeConfig:
+    """One probe run.
+
+    `num_frames` are drawn uniformly from a clip; one frame is the middle one, an image probe. `image_size` is the
+    encoder's own when None. `augment` draws frames, crop (at least `min_crop_area`) and flip at random in training;
+    `cache_tokens` encodes each clip once instead, keeps the tokens in memory, and is many times faster.
+    """
+
+    encoder: PretrainedEncoder | RandomEncoder
+    clips: ClipsConfig
+    out: Path
+    num_frames: int = 16
+    image_size: int | None = None
+    cache_tokens: bool = False
+    augment: bool = True
+    min_crop_area: float = 0.5
+    flip_probability: float = 0.5
+    label_smoothing: float = 0.1
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    device: Device = "auto"
+
+    def __post_init__(self) -> None:
+        if self.cache_tokens and self.augment:
+            raise ValueError(
+                "cache_tokens keeps one encoding of each clip, so augment would do nothing: "
+                "give --no-augment with --cache-tokens, or neither."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeResult:
+    """Where the classifier is, its evaluation (None without a test split), and how many clips could not be read."""
+
+    model_folder: Path
+    evaluation: dict[str, Any] | None
+    num_unreadable: int
+
+
+def probe_step(
+    model: VideoClassifier, tokens: Tensor, optimizer: torch.optim.Optimizer, *, labels: Tensor, config: ProbeConfig
+) -> dict[str, Sum]:
+    """One update of the head on tokens [batch, tokens, dim] of frozen frames."""
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=config.loop.precision == "bf16"):
+        logits = model.classify(tokens)
+    loss = classification_loss(logits, labels=labels, label_smoothing=config.label_smoothing)
+    norm = update(optimizer, loss=loss, gradient_clip=config.optim.gradient_clip)
+    correct = (logits.argmax(dim=1) == labels).sum()
+    return {"loss": Sum(loss, 1), "top1": Sum(correct, len(labels)), "gradient_norm": Sum(norm, 1)}
+
+
+def run_probe(config: ProbeConfig) -> ProbeResult:
+    """Trains, evaluates on the test split, writes the classifier. Goes on where `out` stopped."""
+    device = pick_device(config.device)
+    train, test = read_splits(config.clips)
+    model = build_classifier(config, num_classes=len(train.classes)).to(device)
+    run = Run(config.out, config=config, identity={"encoder_fingerprint": fingerprint(model.encoder)})
+    result_file = run.folder / "evaluation" / "test.json"
+    if run.is_finished:
+        evaluation = json.loads(result_file.read_text()) if result_file.is_file() else None
+        return ProbeResult(model_folder=run.model_folder, evaluation=evaluation, num_unreadable=len(run.unreadable))
+    training, evaluate = _training(model, train=train, test=test, config=config, run=run, device=device)
+    run_loop(training, config=config.loop, optim=config.optim, run=run)
+    evaluation = None
+    if evaluate is not None:
+        result = evaluate()
+        run.note_unreadable(list(result.unreadable))
+        facts = {"model": str(run.model_folder), "split": config.clips.test_split, "num_frames": config.num_frames}
+        path = write_result(result_file.parent, name="test", result=result, facts=facts)
+        evaluation = json.loads(path.read_text())
+    save(run.model_folder, model=model, classes=train.classes)
+    return ProbeResult(model_folder=run.model_folder, evaluation=evaluation, num_unreadable=len(run.unreadable))
+
+
+def read_splits(clips: ClipsConfig) -> tuple[Manifest, Manifest | None]:
+    """The training and the test part; both in the order of the training manifest's classes, every file there."""
+    train = read_manifest(clips.train)
+    test = None
+    if clips.test is not None or clips.test_split is not None:
+        test = train if clips.test is None else read_manifest(clips.test, classes=train.classes)
+        test = test if clips.test_split is None else test.select(split=clips.test_split)
+    train = train if clips.train_split is None else train.select(split=clips.train_split)
+    for manifest in (train, test):
+        if manifest is not None:
+            manifest.check_files()
+    return train, test
+
+
+def build_classifier(config: ProbeConfig, *, num_classes: int) -> VideoClassifier:
+    """A classifier with a fresh head on the config's encoder, which is frozen and at the config's image size."""
+    image, source = _source(config.encoder)
+    torch.manual_seed(config.loop.seed)
+    model = VideoClassifier(VideoClassifierConfig(image=image, num_classes=num_classes, num_frames=config.num_frames))
+    if source is not None:
+        model.encoder.load_state_dict(source.state_dict())
+    if config.image_size is not None and config.image_size != image.image_size:
+        resize_encoder(model.encoder, image_size=config.image_size)
+        model.config = replace(model.config, image=model.encoder.config)
+    model.encoder.requires_grad_(False)
+    return model
+
+
+def _source(encoder: PretrainedEncoder | RandomEncoder) -> tuple[ImageConfig, ImageEncoder | None]:
+    """What the encoder is built from, and whose weights it gets (None: fresh ones)."""
+    match encoder:
+        case PretrainedEncoder(path=path):
+            source = load(path).model.encoder
+            return source.config, source
+        case RandomEncoder(image=image):
+            return image, None
+
+
+def _training(
+    model: VideoClassifier,
+    *,
+    train: Manifest,
+    test: Manifest | None,
+    config: ProbeConfig,
+    run: Run,
+    device: torch.device,
+) -> tuple[Training, Callable[[], ClassificationResult] | None]:
+    """What the loop needs, and what evaluates at the end; both on cached tokens, or both on clips."""
+    optimizer = build_optimizer(model, config=config.optim)
+    bf16 = config.loop.precision == "bf16"
+    train_clips = _clips(train, config=config, model=model, augment=config.augment)
+    test_clips = None if test is None else _clips(test, config=config, model=model, augment=False)
+    evaluate: Callable[[], ClassificationResult] | None = None
+    dataset: VideoDataset | TokenDataset = train_clips
+    if config.cache_tokens:
+        dataset = _cached(model, train_clips, what="training", config=config, run=run, device=device)
+        if test_clips is not None:
+            test_tokens = _cached(model, test_clips, what="test", config=config, run=run, device=device)
+            evaluate = lambda: evaluate_tokens(model, dataset=test_tokens, classes=train.classes)  # noqa: E731
+    elif test_clips is not None:
+        evaluate = lambda: evaluate_clips(  # noqa: E731
+            model,
+            dataset=test_clips,
+            classes=train.classes,
+            device=device,
+            num_workers=config.loop.num_workers,
+            bf16=bf16,
+        )
+
+    def step(batch: Any) -> dict[str, Sum]:
+        batch = batch if config.cache_tokens else encode_batch(model, batch, device=device, bf16=bf16)
+        return probe_step(model, batch.tokens, optimizer, labels=batch.labels, config=config)
+
+    def metrics() -> dict[str, float]:
+        assert evaluate is not None
+        result = evaluate().metrics
+        return {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
+
+    training = Training(
+        model=model,
+        optimizer=optimizer,
+        step=step,
+        dataset=dataset,
+        collate=collate_tokens if config.cache_tokens else collate_clips,
+        evaluate=metrics if evaluate is not None and config.loop.evaluate_every else None,
+    )
+    return training, evaluate
+
+
+def _clips(manifest: Manifest, *, config: ProbeConfig, model: VideoClassifier, augment: bool) -> VideoDataset:
+    clip = ClipConfig(
+        num_frames=config.num_frames,
+        image_size=model.config.image.image_size,
+        decoder=config.clips.decoder,
+        augment=augment,
+        crop_scale=(config.min_crop_area, 1.0),
+        flip_probability=config.flip_probability,
+    )
+    return VideoDataset(manifest, config=clip, seed=config.loop.seed)
+
+
+def _cached(
+    model: VideoClassifier, clips: VideoDataset, *, what: str, config: ProbeConfig, run: Run, device: torch.device
+) -> TokenDataset:
+    """Encodes `clips` with a bar, and says what they take in memory; what cannot be read is noted in the run."""
+    with progress_bar(f"encoding {what} clips", total=len(clips)) as bar:
+        tokens = encode_clips(
+            model,
+            dataset=clips,
+            device=device,
+            num_workers=config.loop.num_workers,
+            bf16=config.loop.precision == "bf16",
+            on_batch=bar.update,
+        )
+    print(f"Tokens of {len(tokens)} {what} clips: {tokens.batch.tokens.nbytes / MEBIBYTE:.0f} MiB.", file=sys.stderr)
+    run.note_unreadable(list(tokens.unreadable))
+    return tokens

@@ -1,0 +1,50 @@
+"""The optimizer: AdamW, warm-up then cosine to zero, clipped gradients; the rate is a pure function of the step."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW. The rate climbs over `warmup_steps`, then falls along a half cosine to zero at the last step.
+
+    `weight_decay` acts on matrices only; `gradient_clip` bounds the norm of all gradients together.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup_steps: int = 100
+    gradient_clip: float = 1.0
+
+
+def learning_rate(step: int, *, config: OptimConfig, total_steps: int) -> float:
+    """The rate of update `step` (from 0): (step + 1) / warmup of the peak, then cosine, zero after the last update."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; decay for matrices and larger, none for biases, norms and scales."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+
+
+def update(optimizer: torch.optim.Optimizer, *, loss: Tensor, gradient_clip: float) -> Tensor:
+    """One update down `loss`; returns the norm of all gradients before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
+    optimizer.step()
+    return norm

@@ -1,0 +1,188 @@
+"""Pretraining on captioned images: contrastive and captioning loss together (CoCa section 3.2)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+from coca_video.data.image_text import Pair, PairDataset, open_shards
+from coca_video.data.transforms import normalize
+from coca_video.eval.retrieval import evaluate_retrieval
+from coca_video.hub import TOKENIZER, save
+from coca_video.losses import captioning_loss, contrastive_loss
+from coca_video.models.coca import CoCa, CoCaConfig
+from coca_video.tokenizer import Tokenizer, train_tokenizer
+from coca_video.train.loop import Device, LoopConfig, Sum, Training, pick_device, run_loop
+from coca_video.train.optim import OptimConfig, build_optimizer, update
+from coca_video.train.run import Run, write_atomically
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairsConfig:
+    """Captioned images. `train` and `test` are a tar, a folder of tars, a glob, or a range train-{00000..00005}.tar.
+
+    Training draws a random crop of at least `min_crop_area` of the image and flips it with `flip_probability`; captions
+    that tell left from right want 0.
+    """
+
+    train: Path
+    test: Path | None = None
+    min_crop_area: float = 0.9
+    flip_probability: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """One pretraining run. Without a `tokenizer` (a tokenizer.json) a BPE of `model.text.vocab_size` ids is trained."""
+
+    model: CoCaConfig
+    pairs: PairsConfig
+    out: Path
+    tokenizer: Path | None = None
+    contrastive_weight: float = 1.0
+    caption_weight: float = 2.0
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    device: Device = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainResult:
+    """Where the model is, and recall@K on the test pairs (empty without any)."""
+
+    model_folder: Path
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBatch:
+    """Images as bytes and their captions as tokens, pairs in the same row."""
+
+    images: UInt8[Tensor, "batch 3 height width"]
+    tokens: Int[Tensor, "batch length"]
+    mask: Bool[Tensor, "batch length"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollatePairs:
+    """Stacks pairs and tokenizes their captions; a class, so that worker processes can be handed it."""
+
+    tokenizer: Tokenizer
+
+    def __call__(self, pairs: Sequence[Pair]) -> PairBatch:
+        """The batch, on the CPU."""
+        tokens, mask = self.tokenizer.encode([pair.caption for pair in pairs])
+        return PairBatch(images=torch.stack([pair.image for pair in pairs]), tokens=tokens, mask=mask)
+
+
+def coca_step(
+    model: CoCa, batch: PairBatch, optimizer: torch.optim.Optimizer, *, config: PretrainConfig, device: torch.device
+) -> dict[str, Sum]:
+    """One update on `contrastive_weight * contrastive + caption_weight * captioning` (CoCa Eq. 4)."""
+    images, tokens, mask = batch.images.to(device), batch.tokens.to(device), batch.mask.to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.loop.precision == "bf16"):
+        out = model(
+            normalize(images, mean=model.config.image.mean, std=model.config.image.std), tokens=tokens, mask=mask
+        )
+    contrastive = contrastive_loss(out.image, text=out.text, scale=out.scale)
+    caption_sum, caption_count = captioning_loss(out.logits, tokens=tokens, mask=mask)
+    loss = config.contrastive_weight * contrastive + config.caption_weight * caption_sum / caption_count
+    norm = update(optimizer, loss=loss, gradient_clip=config.optim.gradient_clip)
+    return {
+        "loss": Sum(loss, 1),
+        "contrastive_loss": Sum(contrastive, 1),
+        "caption_loss": Sum(caption_sum, caption_count),
+        "gradient_norm": Sum(norm, 1),
+        "temperature": Sum(1 / out.scale, 1),
+    }
+
+
+def run_pretraining(config: PretrainConfig) -> PretrainResult:
+    """Trains, evaluates retrieval on `pairs.test`, writes the model. Goes on where `out` stopped."""
+    device = pick_device(config.device)
+    _check_weights(config)
+    run = Run(config.out, config=config)
+    if run.is_finished:
+        return _finished(run)
+    image_size = config.model.image.image_size
+    dataset = PairDataset(
+        open_shards(config.pairs.train),
+        image_size=image_size,
+        seed=config.loop.seed,
+        augment=True,
+        crop_scale=(config.pairs.min_crop_area, 1.0),
+        flip_probability=config.pairs.flip_probability,
+    )
+    tokenizer = _tokenizer(dataset, config=config, run=run)
+    torch.manual_seed(config.loop.seed)
+    model = CoCa(config.model).to(device)
+    optimizer = build_optimizer(model, config=config.optim)
+    training = Training(
+        model=model,
+        optimizer=optimizer,
+        step=lambda batch: coca_step(model, batch, optimizer, config=config, device=device),
+        dataset=dataset,
+        collate=CollatePairs(tokenizer=tokenizer),
+        evaluate=_retrieval_metrics(model, tokenizer=tokenizer, config=config, device=device),
+    )
+    run_loop(training, config=config.loop, optim=config.optim, run=run)
+    save(run.model_folder, model=model, tokenizer=tokenizer)
+    return _finished(run)
+
+
+def _finished(run: Run) -> PretrainResult:
+    """The figures of the last evaluation, from the log."""
+    evaluations = [record for record in run.log.records() if record["kind"] == "evaluation"]
+    last = evaluations[-1] if evaluations else {}
+    metrics = {name: float(value) for name, value in last.items() if name not in ("kind", "step")}
+    return PretrainResult(model_folder=run.model_folder, metrics=metrics)
+
+
+def _check_weights(config: PretrainConfig) -> None:
+    if config.contrastive_weight == 0 and config.caption_weight == 0:
+        raise ValueError("Both loss weights are 0, so nothing would be learned; give one of them a value above 0.")
+
+
+def _tokenizer(dataset: PairDataset, *, config: PretrainConfig, run: Run) -> Tokenizer:
+    """The run's own from an earlier start, else the given one, else one trained on the captions; kept in the run."""
+    path = run.folder / TOKENIZER
+    text = config.model.text
+    if path.is_file():
+        return Tokenizer.load(path)
+    if config.tokenizer is not None:
+        tokenizer = Tokenizer.load(config.tokenizer)
+        tokenizer = Tokenizer(tokenizer.backend, max_length=text.max_length)
+    else:
+        tokenizer = train_tokenizer(dataset.all_captions(), vocab_size=text.vocab_size, max_length=text.max_length)
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} ids and the model takes {text.vocab_size}; "
+            f"set --model.text.vocab-size {tokenizer.vocab_size}."
+        )
+    write_atomically(path, tokenizer.backend.to_str())
+    return tokenizer
+
+
+def _retrieval_metrics(
+    model: CoCa, *, tokenizer: Tokenizer, config: PretrainConfig, device: torch.device
+) -> Callable[[], dict[str, float]] | None:
+    """What the loop calls to evaluate, if there are test pairs."""
+    if config.pairs.test is None:
+        return None
+    shards = open_shards(config.pairs.test)
+    test = PairDataset(shards, image_size=config.model.image.image_size, seed=config.loop.seed, augment=False)
+
+    def evaluate() -> dict[str, float]:
+        return evaluate_retrieval(
+            model,
+            dataset=test,
+            tokenizer=tokenizer,
+            device=device,
+            num_workers=config.loop.num_workers,
+            bf16=config.loop.precision == "bf16",
+        ).metrics
+
+    return evaluate

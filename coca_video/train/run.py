@@ -1,0 +1,85 @@
+"""The folder of a run: what it was asked for, log and curves, checkpoints, what it could not read, its model."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from coca_video.config import differing_fields, to_json
+from coca_video.data.loader import Unreadable
+from coca_video.train.checkpoint import Checkpoints
+from coca_video.train.log import RunLog, draw_curves
+
+UNREADABLE = "unreadable.csv"
+# These change how fast or where a run goes, and no number in it.
+FREE_TO_CHANGE = frozenset({"out", "device", "num_workers"})
+
+
+class Run:
+    """Opens `folder` for `config`: a new one, or one to go on with, which must have been started with the same config.
+
+    `identity` adds facts that must be the same again, such as the fingerprint of a frozen encoder.
+    """
+
+    def __init__(self, folder: Path, *, config: object, identity: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.log = RunLog(folder / "metrics.jsonl")
+        self.unreadable = read_unreadable(folder / UNREADABLE)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._check_config({**to_json(config), **(identity or {})})
+
+    def _check_config(self, resolved: dict[str, Any]) -> None:
+        path = self.folder / "config.json"
+        if path.is_file() and self.checkpoints.newest() is not None:
+            lines = differing_fields(json.loads(path.read_text()), resolved, ignored=FREE_TO_CHANGE)
+            if lines:
+                raise ValueError(
+                    f"The run {self.folder} was started with other settings ({'; '.join(lines)}). "
+                    "Give the same ones to go on with it, or another --out for a new run."
+                )
+        write_atomically(path, json.dumps(resolved, indent=2) + "\n")
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the trained model goes when the run is finished."""
+        return self.folder / "model"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the model has been written."""
+        return (self.model_folder / "model.safetensors").is_file()
+
+    def note_unreadable(self, samples: list[Unreadable]) -> None:
+        """Keeps each sample that could not be read once, with its cause, in `unreadable.csv`."""
+        new = {sample.key: sample.cause for sample in samples if sample.key not in self.unreadable}
+        if new:
+            self.unreadable.update(new)
+            write_unreadable(self.folder / UNREADABLE, samples=self.unreadable)
+
+    def draw_curves(self) -> None:
+        """Draws `curves.png` from the log."""
+        draw_curves(self.log.records(), path=self.folder / "curves.png")
+
+
+def read_unreadable(path: Path) -> dict[str, str]:
+    """What `write_unreadable` wrote; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="") as file:
+        return dict(list(csv.reader(file))[1:])
+
+
+def write_unreadable(path: Path, *, samples: dict[str, str]) -> None:
+    """A CSV of what could not be read and why."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["sample", "cause"])
+        writer.writerows(samples.items())
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes under another name and renames: a kill leaves the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)

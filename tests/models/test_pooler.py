@@ -1,0 +1,160 @@
+"""The folded single-query pooler against LayerNorm + torch's MultiheadAttention with the same weights."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coca_video.models.pooler import AttentionalPooler
+
+BATCH, TOKENS, WIDTH, HEADS = 3, 37, 48, 4
+
+
+class Reference(nn.Module):
+    """The ordinary pooler, out of torch's own parts, holding a pooler's weights."""
+
+    def __init__(self, pooler: AttentionalPooler) -> None:
+        super().__init__()
+        pooler = copy.deepcopy(pooler)
+        attention = pooler.attention
+        self.query, self.norm_query, self.norm_context = pooler.query, pooler.norm_query, pooler.norm_context
+        self.norm_out = pooler.norm_out
+        dim, context_dim = attention.q_proj.in_features, attention.k_proj.in_features
+        dtype = attention.q_proj.weight.dtype
+        self.mha = nn.MultiheadAttention(
+            dim, attention.num_heads, kdim=context_dim, vdim=context_dim, batch_first=True, dtype=dtype
+        )
+        with torch.no_grad():
+            if self.mha.in_proj_weight is None:
+                self.mha.q_proj_weight.copy_(attention.q_proj.weight)
+                self.mha.k_proj_weight.copy_(attention.k_proj.weight)
+                self.mha.v_proj_weight.copy_(attention.v_proj.weight)
+            else:
+                self.mha.in_proj_weight.copy_(
+                    torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+                )
+            self.mha.in_proj_bias.copy_(
+                torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias])
+            )
+            self.mha.out_proj.weight.copy_(attention.out_proj.weight)
+            self.mha.out_proj.bias.copy_(attention.out_proj.bias)
+
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        query = self.norm_query(self.query).expand(len(tokens), -1, -1)
+        context = self.norm_context(tokens)
+        ignored = None if mask is None else ~mask
+        return self.norm_out(self.mha(query, context, context, key_padding_mask=ignored, need_weights=False)[0])
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients under the names of the pooler's state dict."""
+        found = {name: parameter.grad for name, parameter in self.named_parameters() if not name.startswith("mha")}
+        if self.mha.in_proj_weight is None:
+            weights = (self.mha.q_proj_weight.grad, self.mha.k_proj_weight.grad, self.mha.v_proj_weight.grad)
+        else:
+            weights = self.mha.in_proj_weight.grad.chunk(3)
+        for name, weight, bias in zip("qkv", weights, self.mha.in_proj_bias.grad.chunk(3), strict=True):
+            found[f"attention.{name}_proj.weight"], found[f"attention.{name}_proj.bias"] = weight, bias
+        found["attention.out_proj.weight"] = self.mha.out_proj.weight.grad
+        found["attention.out_proj.bias"] = self.mha.out_proj.bias.grad
+        return found
+
+
+def make_pooler(*, dtype: torch.dtype, context_dim: int = WIDTH, num_queries: int = 1) -> AttentionalPooler:
+    """Weights all away from their initial ones and zeros, so that no term of the algebra can hide."""
+    torch.manual_seed(0)
+    pooler = AttentionalPooler(WIDTH, num_heads=HEADS, num_queries=num_queries, context_dim=context_dim)
+    with torch.no_grad():
+        for parameter in pooler.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return pooler.to(dtype)
+
+
+def make_tokens(*, dtype: torch.dtype, context_dim: int = WIDTH, mean: float = 0.3) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    scale = torch.rand(BATCH, TOKENS, 1, generator=generator, dtype=torch.float64) + 0.5
+    shift = torch.randn(BATCH, TOKENS, 1, generator=generator, dtype=torch.float64)
+    noise = torch.randn(BATCH, TOKENS, context_dim, generator=generator, dtype=torch.float64)
+    return (noise * scale + mean * (1 + shift)).to(dtype)
+
+
+def make_mask() -> Tensor:
+    lengths = torch.tensor([TOKENS, 1, TOKENS // 2])
+    return torch.arange(TOKENS).expand(BATCH, -1) < lengths[:, None]
+
+
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest absolute difference, relative to the reference's largest value where that is above one."""
+    ours, theirs = ours.detach(), theirs.detach()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize("trainable_tokens", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("context_dim", [WIDTH, 32])
+@pytest.mark.parametrize("mean", [0.3, 1e3], ids=["centred", "large-mean"])
+def test_float64_outputs_and_all_gradients(masked: bool, trainable_tokens: bool, context_dim: int, mean: float) -> None:
+    pooler = make_pooler(dtype=torch.float64, context_dim=context_dim)
+    reference = Reference(pooler)
+    mask = make_mask() if masked else None
+    tokens = make_tokens(dtype=torch.float64, context_dim=context_dim, mean=mean)
+    ours_in, theirs_in = (tokens.clone().requires_grad_(trainable_tokens) for _ in range(2))
+    ours, theirs = pooler(ours_in, mask=mask), reference(theirs_in, mask)
+    weight = torch.randn(ours.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    (ours * weight).sum().backward()
+    (theirs * weight).sum().backward()
+
+    assert largest_difference(ours, theirs) <= 1e-10
+    expected = reference.gradients()
+    assert set(expected) == {name for name, _ in pooler.named_parameters()}
+    for name, parameter in pooler.named_parameters():
+        # A key bias moves every score alike, so its gradient is exactly zero: ours never computes one.
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert largest_difference(gradient, expected[name]) <= 1e-10, name
+    if trainable_tokens:
+        assert theirs_in.grad.abs().max() > 0 and largest_difference(ours_in.grad, theirs_in.grad) <= 1e-10
+
+
+@pytest.mark.parametrize("mean", [0.0, 30.0, 300.0, 1e4])
+def test_fp32_against_float64(mean: float) -> None:
+    """Against the float64 reference on the same fp32 tokens, also where their mean dwarfs their deviation."""
+    pooler = make_pooler(dtype=torch.float32)
+    tokens = make_tokens(dtype=torch.float32, mean=mean)
+    exact = Reference(pooler.double())(tokens.double(), make_mask()).detach()
+    assert largest_difference(pooler.float()(tokens, mask=make_mask()).double(), exact) <= 1e-5
+
+
+def test_large_mean_needs_centring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the centring the bound above is missed, so the test above does test it."""
+    monkeypatch.setattr("coca_video.models.pooler.MAX_MEAN_SQUARE_OVER_VARIANCE", float("inf"))
+    pooler = make_pooler(dtype=torch.float32)
+    tokens = make_tokens(dtype=torch.float32, mean=1e4)
+    exact = Reference(pooler.double())(tokens.double(), make_mask()).detach()
+    assert largest_difference(pooler.float()(tokens, mask=make_mask()).double(), exact) > 1e-3
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_tokens_within_bound(autocast: bool) -> None:
+    """bf16 tokens, fp32 weights: at most 1% (relative norm) from float64 on the same tokens: 1.3 steps of bf16's 2^-7."""
+    pooler = make_pooler(dtype=torch.float32)
+    tokens = make_tokens(dtype=torch.bfloat16)
+    exact = Reference(pooler.double())(tokens.double(), make_mask()).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ours = pooler.float()(tokens, mask=make_mask()).double()
+    assert float((ours.detach() - exact).norm() / exact.norm()) <= 0.01
+
+
+def test_many_queries_equal_torch() -> None:
+    pooler = make_pooler(dtype=torch.float64, num_queries=5, context_dim=32)
+    tokens = make_tokens(dtype=torch.float64, context_dim=32)
+    out = pooler(tokens, mask=make_mask())
+    assert out.shape == (BATCH, 5, WIDTH)
+    assert largest_difference(out, Reference(pooler)(tokens, make_mask())) <= 1e-10
+
+
+def test_keys_and_values_are_never_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    pooler = make_pooler(dtype=torch.float64)
+    expected = pooler(make_tokens(dtype=torch.float64))
+    for unused in (pooler.attention, pooler.attention.k_proj, pooler.attention.v_proj, pooler.norm_context):
+        monkeypatch.setattr(unused, "forward", None)
+    assert torch.equal(pooler(make_tokens(dtype=torch.float64)), expected)

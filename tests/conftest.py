@@ -22,3 +22,21 @@ def data_folder() -> Path:
     if not folder.is_dir():
         skip_or_fail("data", reason=f"there is no folder {folder}: set COCA_VIDEO_DATA or link data/")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two tar shards with 24 drawn, captioned pictures of 48 px."""
+    from coca_video.synthetic import draw_pictures
+
+    folder = tmp_path_factory.mktemp("pictures")
+    draw_pictures(folder, num_pictures=24, seed=1, pictures_per_shard=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The manifest of 20 drawn clips to train on and 10 to test on, five actions, 48 px, 16 frames."""
+    from coca_video.synthetic import draw_clip_set
+
+    return draw_clip_set(tmp_path_factory.mktemp("clips"), num_train=20, num_test=10, seed=1)

@@ -297,7 +297,7 @@ def _index_shard(shard: Path, *, cache_folder: Path) -> _Part:
 def _load_part(kept: Path, *, stamp: Sequence[str]) -> _Part | None:
     """A kept index, or None if it is of an older shard (usual) or damaged (logged)."""
     try:
-        with np.load(kept, allow_pickle=False) as arrays:
+        with kept.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             if arrays["stamp"].tolist() != list(stamp):
                 return None
             part = _Part(keys=arrays["keys"], spans=arrays["spans"])
@@ -324,8 +324,15 @@ def _scan_shard(shard: Path) -> _Part:
             for member in tar:
                 if member.isreg() and (match := MEMBER_NAME.match(member.name)):
                     _note(spans, key=match[1], suffix=match[2].lower(), member=member, shard=shard)
+            end = tar.offset
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is not a whole, uncompressed tar file: {error}.") from error
+    with shard.open("rb") as file:
+        if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            # tarfile stops without a word at a damaged or cut header that is not the first
+            raise ValueError(
+                f"{shard} is cut or damaged at byte {end}: no header and no end mark is there; fetch it again."
+            )
     if all(found[IMAGE][0] == ABSENT for found in spans.values()):
         raise ValueError(f"{shard} holds no images: expected members such as 000.jpg, 000.txt and 000.json.")
     return _Part(np.array([key.encode() for key in spans]), np.array(list(spans.values()), dtype=np.int64))

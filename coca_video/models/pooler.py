@@ -83,7 +83,8 @@ class AttentionalPooler(nn.Module):
         key_weight = attention.k_proj.weight.view(*query.shape, -1)
         folded: Tensor = torch.einsum("hd,hdc->hc", query, key_weight) * self.norm_context.weight
         folded = folded * query.shape[-1] ** -0.5
-        return folded - folded.mean(dim=-1, keepdim=True)
+        # The key bias moves all scores alike: its gradient is zero. DDP and optimizers' states want it to be there.
+        return folded - folded.mean(dim=-1, keepdim=True) + 0.0 * attention.k_proj.bias.sum()
 
     def _folded_output(self, pooled: Float[Tensor, "batch heads context_dim"]) -> Float[Tensor, "batch 1 dim"]:
         """Norm, value and output projection, applied to the pooled tokens instead of to every one."""

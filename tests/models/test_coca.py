@@ -188,7 +188,10 @@ def test_encoder_by_timm_name() -> None:
     [
         (TimmVitConfig(name="vit_tiny_patch17_224"), "timm has no model named 'vit_tiny_patch17_224'"),
         (TimmVitConfig(name="resnet18"), "is not a VisionTransformer"),
-        (dataclasses.replace(VitConfig.tiny(), image_size=50), "multiple of the patch size 8 px; got 50 px. Take 48 or 56"),
+        (
+            dataclasses.replace(VitConfig.tiny(), image_size=50),
+            "multiple of the patch size 8 px; got 50 px. Take 48 or 56",
+        ),
     ],
 )
 def test_encoders_that_cannot_be_had(config: VitConfig | TimmVitConfig, sentence: str) -> None:

@@ -1,0 +1,67 @@
+"""Model folders: bit-equal round trips, wholeness, fingerprints, and sentences for what is no model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from coca_video.hub import fingerprint, load, save
+from coca_video.models.coca import CoCa, CoCaConfig
+from coca_video.models.image import VitConfig
+from coca_video.models.video import VideoClassifier, VideoClassifierConfig
+from coca_video.tokenizer import train_tokenizer
+
+
+def make_classifier() -> VideoClassifier:
+    torch.manual_seed(3)
+    return VideoClassifier(VideoClassifierConfig(image=VitConfig.tiny(), num_classes=2, num_frames=4))
+
+
+def test_classifier_round_trip(tmp_path: Path) -> None:
+    model = make_classifier()
+    save(tmp_path / "m", model=model, classes=["b", "a c"])
+    saved = load(tmp_path / "m")
+    assert saved.classes == ("b", "a c") and saved.model.config == model.config and not saved.model.training
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(saved.model.state_dict()[name], tensor), name
+    assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [
+        "classes.txt",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_coca_round_trip_keeps_its_tokenizer(tmp_path: Path) -> None:
+    model = CoCa(CoCaConfig.tiny())
+    tokenizer = train_tokenizer(["a dog", "a cat"], vocab_size=300, max_length=32)
+    save(tmp_path, model=model, tokenizer=tokenizer)
+    saved = load(tmp_path)
+    assert isinstance(saved.model, CoCa) and saved.tokenizer is not None
+    assert fingerprint(saved.model) == fingerprint(model)
+    assert saved.tokenizer.encode(["a dog"])[0].equal(tokenizer.encode(["a dog"])[0])
+
+
+def test_a_run_is_found_by_its_folder(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "model", model=make_classifier(), classes=["a", "b"])
+    assert load(tmp_path / "run").classes == ("a", "b")
+
+
+def test_fingerprint_tells_one_bit() -> None:
+    model, other = make_classifier(), make_classifier()
+    assert fingerprint(model) == fingerprint(other)
+    with torch.no_grad():
+        other.classifier.bias[0] = torch.nextafter(other.classifier.bias[0], torch.tensor(1.0))
+    assert fingerprint(model) != fingerprint(other)
+
+
+def test_what_is_no_model_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected a finished run or a model folder"):
+        load(tmp_path / "nothing")
+    (tmp_path / "unfinished" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not finished, so it has no model yet"):
+        load(tmp_path / "unfinished")
+    save(tmp_path / "other", model=make_classifier())
+    config = tmp_path / "other" / "config.json"
+    config.write_text(config.read_text().replace('"VideoClassifier"', '"Detector"'))
+    with pytest.raises(ValueError, match="expected the model to be CoCa or VideoClassifier; got 'Detector'"):
+        load(tmp_path / "other")

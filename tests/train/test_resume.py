@@ -1,0 +1,203 @@
+"""A run that is stopped anywhere and started again equals one that never stopped: every loss and every weight, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coca_video.models.coca import CoCaConfig
+from coca_video.models.image import VitConfig
+from coca_video.train import classify, pretrain
+from coca_video.train.checkpoint import Checkpoints
+from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
+from coca_video.train.loop import LoopConfig, Stopped
+from coca_video.train.optim import OptimConfig
+from coca_video.train.pretrain import PairsConfig, PretrainConfig, run_pretraining
+
+STEPS = 8
+# Log lines every 3 steps and checkpoints every 2: a resumed run starts in the middle of a line's window.
+LOOP = LoopConfig(steps=STEPS, batch_size=7, seed=5, log_every=3, checkpoint_every=2, evaluate_every=4)
+OPTIM = OptimConfig(warmup_steps=3)
+
+Config = PretrainConfig | ProbeConfig
+
+
+def pretrain_config(pictures: Path, *, out: Path) -> PretrainConfig:
+    pairs = PairsConfig(train=pictures, test=pictures, min_crop_area=0.5, flip_probability=0.5)
+    return PretrainConfig(model=CoCaConfig.tiny(), pairs=pairs, out=out, optim=OPTIM, loop=LOOP, device="cpu")
+
+
+def probe_config(manifest: Path, *, out: Path, cached: bool = False) -> ProbeConfig:
+    return ProbeConfig(
+        encoder=RandomEncoder(image=VitConfig.tiny()),
+        clips=ClipsConfig(train=manifest),
+        out=out,
+        num_frames=3,
+        cache_tokens=cached,
+        augment=not cached,
+        optim=OPTIM,
+        loop=LOOP,
+        device="cpu",
+    )
+
+
+def make_config(kind: str, *, pictures: Path, clips: Path, out: Path) -> Config:
+    if kind == "pretrain":
+        return pretrain_config(pictures, out=out)
+    return probe_config(clips, out=out, cached=kind == "cached probe")
+
+
+def run(config: Config) -> None:
+    if isinstance(config, PretrainConfig):
+        run_pretraining(config)
+    else:
+        run_probe(config)
+
+
+def outcome(out: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """Log records without what a clock says, and the bytes of the trained weights."""
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("samples_per_second", None)
+    return records, (out / "model" / "model.safetensors").read_bytes()
+
+
+class Killed(BaseException):
+    """Stands for the process ending without a chance to do anything."""
+
+
+def die_in_step(monkeypatch: pytest.MonkeyPatch, *, number: int) -> None:
+    """Makes the process "die" inside update `number` (from 1), after its gradients and before anything is saved."""
+    for module, name in ((pretrain, "coca_step"), (classify, "probe_step")):
+        real: Callable[..., Any] = getattr(module, name)
+        calls = iter(range(1, 10_000))
+
+        def step(*args: Any, _real: Callable[..., Any] = real, _calls: Any = calls, **options: Any) -> Any:
+            sums = _real(*args, **options)
+            if next(_calls) == number:
+                raise Killed
+            return sums
+
+        monkeypatch.setattr(module, name, step)
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "probe", "cached probe"])
+def test_death_in_any_step(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
+    run(make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))
+    expected = outcome(tmp_path / "whole")
+    assert [record["step"] for record in expected[0] if record["kind"] == "train"] == [3, 6, 8]
+    for number in range(1, STEPS + 1):
+        config = make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / f"dies-{number}")
+        with pytest.MonkeyPatch.context() as patch:
+            die_in_step(patch, number=number)
+            with pytest.raises(Killed):
+                run(config)
+        run(config)
+        assert outcome(config.out) == expected, f"died in step {number}"
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "probe"])
+def test_number_of_workers_changes_nothing(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
+    outcomes = []
+    for workers in (0, 2):
+        config = make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / str(workers))
+        run(replace(config, loop=replace(config.loop, num_workers=workers)))
+        outcomes.append(outcome(config.out))
+    assert outcomes[0] == outcomes[1]
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_resume import make_config, run
+run(make_config({kind!r}, pictures=Path({pictures!r}), clips=Path({clips!r}), out=Path({out!r})))
+"""
+
+
+def start(kind: str, *, pictures: Path, clips: Path, out: Path) -> "subprocess.Popen[bytes]":
+    script = SCRIPT.format(
+        tests=str(Path(__file__).parent), kind=kind, pictures=str(pictures), clips=str(clips), out=str(out)
+    )
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, env=os.environ.copy())
+
+
+def wait_for(condition: Callable[[], bool], *, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pretrain", "probe"])
+def test_sigkill(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
+    """kill -9 of real processes: as soon as the first checkpoint is being written, and once more a little later."""
+    run(make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))
+    out = tmp_path / "killed"
+    for trigger in ("checkpoints/.partial", "checkpoints/step-00000004"):
+        process = start(kind, pictures=pictures, clips=drawn_clips, out=out)
+        wait_for((out / trigger).exists, process=process)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stderr.close()  # type: ignore[union-attr]
+        assert not (out / "model").exists()
+    run(make_config(kind, pictures=pictures, clips=drawn_clips, out=out))
+    assert outcome(out) == outcome(tmp_path / "whole")
+
+
+def test_ctrl_c_saves_and_the_same_run_goes_on(
+    pictures: Path, drawn_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make_config("pretrain", pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))
+    config = make_config("pretrain", pictures=pictures, clips=drawn_clips, out=tmp_path / "stopped")
+    real = pretrain.coca_step
+    calls = iter(range(1, 100))
+
+    def step(*args: Any, **options: Any) -> Any:
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "coca_step", step)
+        with pytest.raises(Stopped, match="Stopped after step 3, with a checkpoint; run the same command again"):
+            run(config)
+    assert Checkpoints(config.out / "checkpoints").newest() == config.out / "checkpoints" / "step-00000003"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run(config)
+    assert outcome(config.out) == outcome(tmp_path / "whole")
+
+
+def test_other_settings_are_refused(pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
+    config = pretrain_config(pictures, out=tmp_path / "run")
+    run(config)
+    with pytest.raises(ValueError, match=r"started with other settings \(optim.learning_rate: 0.001 -> 0.5\)"):
+        run(replace(config, optim=replace(OPTIM, learning_rate=0.5)))
+    before = outcome(config.out)
+    run(replace(config, loop=replace(LOOP, num_workers=1)))  # changes no number, and the run is finished
+    assert outcome(config.out) == before
+
+
+def test_a_changed_encoder_is_refused(pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
+    """A frozen encoder is not in the checkpoints: other weights under the same path must not slip in."""
+    for seed in (0, 1):
+        pretraining = pretrain_config(pictures, out=tmp_path / f"encoder-{seed}")
+        run(replace(pretraining, loop=replace(LOOP, seed=seed, steps=1)))
+    (tmp_path / "encoder").symlink_to(tmp_path / "encoder-0")
+    encoder = classify.PretrainedEncoder(path=tmp_path / "encoder")
+    config = replace(probe_config(drawn_clips, out=tmp_path / "probe"), encoder=encoder)
+    run(config)
+    (tmp_path / "encoder").unlink()
+    (tmp_path / "encoder").symlink_to(tmp_path / "encoder-1")
+    with pytest.raises(ValueError, match="started with other settings .*encoder_fingerprint"):
+        run(config)

@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def skip_or_fail(need: str, *, reason: str) -> None:
-    """Skips for `reason`, unless COCA_VIDEO_REQUIRE (comma separated: data,ffmpeg,chromium) names `need`: then fails."""
+    """Skips for `reason`, or fails where COCA_VIDEO_REQUIRE (data,ffmpeg,chromium) names `need`."""
     if need in os.environ.get("COCA_VIDEO_REQUIRE", "").split(","):
         pytest.fail(f"COCA_VIDEO_REQUIRE names {need!r}, but {reason}")
     pytest.skip(reason)

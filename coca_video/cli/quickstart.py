@@ -58,13 +58,13 @@ def run(arguments: Sequence[str]) -> int:
     _pretrain(options)
     say("[3/4] Training single-query probes on frozen encoders")
     accuracies, per_class = _probe_actions(options, manifest)
-    say("[4/4] Does a probe trained on still pictures work on video? Naming the shape, from one frame and from eight")
-    shapes = _probe_shapes(options, manifest)
+    say("[4/4] Does a probe trained on still pictures work on video? Naming the colour, from one frame and from eight")
+    colours = _probe_colours(options, manifest)
     report = {
         "options": {**asdict(options), "out": str(options.out)},
         "accuracy": accuracies,
         "per_class_accuracy": per_class,
-        "shape_accuracy": shapes,
+        "colour_accuracy": colours,
         "seconds": round(time.monotonic() - started, 1),
     }
     (options.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -160,21 +160,21 @@ def _probe_actions(options: QuickstartOptions, manifest: Path) -> tuple[dict[str
     return {**accuracies, "chance": 1 / len(classes)}, per_class
 
 
-def _probe_shapes(options: QuickstartOptions, manifest: Path) -> dict[str, float]:
-    """A probe that learns the shape from middle frames (pictures), then names it from one frame and from eight."""
+def _probe_colours(options: QuickstartOptions, manifest: Path) -> dict[str, float]:
+    """A probe that learns colours from middle frames (pictures), then names them from one frame and from eight."""
     from coca_video.data.manifest import read_manifest, write_manifest
     from coca_video.train.classify import run_probe
 
-    clips = read_manifest(manifest)
-    rows = [replace(row, label=row.extra["shape"]) for row in clips.rows]
-    shapes = sorted({row.extra["shape"] for row in clips.rows})
-    shape_manifest = options.out / "world" / "shapes" / "manifest.csv"
-    write_manifest(shape_manifest, rows=rows, classes=shapes)
-    config = _probe_config(options, name="probe_shape", manifest=shape_manifest, num_frames=1)
+    clips = [row for row in read_manifest(manifest).rows if row.label != "change_colour"]
+    rows = [replace(row, label=row.extra["colour"]) for row in clips]
+    colours = sorted({row.extra["colour"] for row in clips})
+    colour_manifest = options.out / "world" / "colours" / "manifest.csv"
+    write_manifest(colour_manifest, rows=rows, classes=colours)
+    config = _probe_config(options, name="probe_colour", manifest=colour_manifest, num_frames=1)
     on_picture = run_probe(config).evaluation
-    on_video = _on_video(config.out, manifest=shape_manifest, options=options)
+    on_video = _on_video(config.out, manifest=colour_manifest, options=options)
     assert on_picture is not None
-    return {"one_frame": on_picture["top1"], "eight_frames": on_video["top1"], "chance": 1 / len(shapes)}
+    return {"one_frame": on_picture["top1"], "eight_frames": on_video["top1"], "chance": 1 / len(colours)}
 
 
 def _on_video(run: Path, *, manifest: Path, options: QuickstartOptions) -> dict[str, Any]:
@@ -198,10 +198,10 @@ def _print_report(report: dict[str, Any]) -> None:
         cells = [report["per_class_accuracy"][class_name].get(key) for class_name in classes]
         columns = "  ".join(" " * 13 if cell is None else f"{cell:13.3f}" for cell in cells)
         print(f"{name:<{width}}  {report['accuracy'][key]:6.3f}  {columns}".rstrip())
-    shapes = report["shape_accuracy"]
+    colours = report["colour_accuracy"]
     print(
-        f"\nA probe trained on still pictures to name the shape: {shapes['one_frame']:.3f} from one frame, "
-        f"{shapes['eight_frames']:.3f} from eight frames of video (chance {shapes['chance']:.3f})."
+        f"\nA probe trained on still pictures to name the colour: {colours['one_frame']:.3f} from one frame, "
+        f"{colours['eight_frames']:.3f} from eight frames of video (chance {colours['chance']:.3f})."
     )
     print(f"Took {report['seconds']:.0f} s.")
 

@@ -13,11 +13,9 @@ import logging
 import os
 import re
 import tarfile
-import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,8 +23,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
+from PIL import Image
 from torch import Tensor
-from torchvision import io as torchvision_io
 
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.sampling import sample_rng
@@ -178,28 +176,19 @@ def decode_image(encoded: bytes) -> UInt8[Tensor, "3 height width"]:
     """The RGB pixels of a JPEG, PNG or WebP; UnreadablePair for bytes that are none, or only a part of one."""
     if not encoded:
         raise UnreadablePair("its image is empty")
-    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)  # bytearray: torch warns of bytes it may not write
     try:
-        with _torchvision_images():
-            image: Tensor = torchvision_io.decode_image(data, mode=torchvision_io.ImageReadMode.RGB)
-    except RuntimeError as error:
+        with Image.open(io.BytesIO(encoded)) as image:
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for no image, a cut one, a broken PNG chunk
         raise UnreadablePair(f"its image cannot be decoded: {str(error).splitlines()[0]}") from error
-    return image
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def encode_jpeg(image: UInt8[Tensor, "3 height width"], *, quality: int = 95) -> bytes:
     """JPEG of RGB pixels; the same pixels give the same bytes."""
-    with _torchvision_images():
-        encoded: Tensor = torchvision_io.encode_jpeg(image, quality=quality)
-    return encoded.numpy().tobytes()
-
-
-@contextmanager
-def _torchvision_images() -> Iterator[None]:
-    """Torchvision 0.29 warns at each call that its image functions will move to torchcodec; 0.26 to 0.29 have them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The image decoding and encoding", category=DeprecationWarning)
-        yield
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 class _ShardFiles:

@@ -5,6 +5,7 @@ step can be reached at once. A run that starts at step k therefore sees exactly 
 """
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
@@ -203,6 +204,12 @@ def _load(
         batch_sampler=cast(Any, key_batches),
         num_workers=workers,
         collate_fn=_CollateReadable(collate=collate),
+        worker_init_fn=_leave_ctrl_c_to_the_main_process,
         generator=torch.Generator(),  # else each pass draws its workers' base seed from the global generator
     )
     return iter(loader)
+
+
+def _leave_ctrl_c_to_the_main_process(_: int) -> None:
+    """A terminal sends Ctrl-C to every process; a run that is about to save still needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -3,8 +3,8 @@
     python datasets/ut_interaction/prepare.py data/ut_interaction --out runs/ut_interaction
     coca-video probe configs/probe/ut_interaction.py
 
-37 clips are too few for a claim (one is 2.7 points): benchmarks/ut_interaction.py runs the published protocol. What this
-and that reach is in LOG.md.
+37 clips are too few for a claim (one is 2.7 points): benchmarks/ut_interaction.py runs the published protocol. What
+both reach is in LOG.md.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Writes the manifest of UT-Interaction from the folder that holds its clips and clips.csv. See README.md beside this."""
+"""Writes the manifest of UT-Interaction from the folder that holds its clips and clips.csv. See README.md here."""
 
 import argparse
 import sys

@@ -177,6 +177,8 @@ def test_the_flip_falls_at_its_rate(wide_path: Path) -> None:
     never = dataset(wide_path, num_frames=1, image_size=16, augment=True)
     keys = [SampleKey(epoch=epoch, index=0) for epoch in range(80)]
     flipped = [not torch.equal(clips[key].frames, never[key].frames) for key in keys]
+    own_draws = [sample_rng(seed=0, epoch=key.epoch, index=0, purpose="flip").random() for key in keys]
+    assert flipped == [draw < 0.25 for draw in own_draws]  # independent of the draws for the box
     assert 5 <= sum(flipped) <= 35  # binomial(80, 0.25) = 20 +- 4 deviations of 3.9
 
 

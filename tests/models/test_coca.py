@@ -163,7 +163,7 @@ def test_too_long_captions_are_a_sentence(model: CoCa, images: Tensor) -> None:
 
 
 def test_encoder_equals_timm_by_hand() -> None:
-    """Our tokens are timm's blocks and norm, run by hand on patches and positions alone: no class token hides in them."""
+    """Our tokens are timm's blocks and norm, run by hand on patches and positions: no class token hides in them."""
     torch.manual_seed(0)
     encoder = ImageEncoder(VitConfig.tiny()).eval()
     images = torch.randn(2, 3, 48, 48)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from coca_video.data.loader import SampleKey
 from coca_video.data.manifest import read_manifest, write_manifest
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.eval.classification import evaluate_clips
@@ -74,7 +75,7 @@ def test_any_number_of_frames_at_evaluation(config: ProbeConfig, trained_with: i
         result = evaluate_clips(model, dataset=dataset, classes=saved.classes, device=CPU)
         first = result.video_ids[0]
         index = next(i for i, row in enumerate(manifest.rows) if row.video_id == first)
-        frames = dataset[type_key(index)].frames.double() / 255
+        frames = dataset[SampleKey(0, index)].frames.double() / 255
         normalised = ((frames - 0.5) / 0.5).float()
         tokens = torch.cat([model.encoder(frame.unsqueeze(0)) for frame in normalised], dim=1)
         pooled = model.pooler.norm_out(model.pooler.attend(tokens)).squeeze(1)
@@ -82,16 +83,10 @@ def test_any_number_of_frames_at_evaluation(config: ProbeConfig, trained_with: i
         torch.testing.assert_close(torch.from_numpy(result.scores[0]), expected, rtol=1e-4, atol=1e-6)
 
 
-def type_key(index: int):  # noqa: ANN201
-    from coca_video.data.loader import SampleKey
-
-    return SampleKey(0, index)
-
-
 def test_one_frame_is_the_middle_one(config: ProbeConfig) -> None:
     manifest = read_manifest(config.clips.train)
-    one = VideoDataset(manifest, config=ClipConfig(num_frames=1, image_size=48), seed=0)[type_key(0)]
-    every = VideoDataset(manifest, config=ClipConfig(num_frames=16, image_size=48), seed=0)[type_key(0)]
+    one = VideoDataset(manifest, config=ClipConfig(num_frames=1, image_size=48), seed=0)[SampleKey(0, 0)]
+    every = VideoDataset(manifest, config=ClipConfig(num_frames=16, image_size=48), seed=0)[SampleKey(0, 0)]
     assert torch.equal(one.frames[0], every.frames[8])
 
 

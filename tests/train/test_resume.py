@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and started again equals one that never stopped: every loss and every weight, bit for bit."""
+"""A run stopped anywhere and started again equals one that never stopped: all losses and weights, bit for bit."""
 
 import json
 import os
@@ -141,7 +141,7 @@ def wait_for(condition: Callable[[], bool], *, process: "subprocess.Popen[bytes]
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrain", "probe"])
 def test_sigkill(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
-    """kill -9 of real processes: as soon as the first checkpoint is being written, and once more a little later."""
+    """Real processes and kill -9: as soon as the first checkpoint is being written, and once more a little later."""
     run(make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))
     out = tmp_path / "killed"
     for trigger in ("checkpoints/.partial", "checkpoints/step-00000004"):
@@ -199,5 +199,5 @@ def test_a_changed_encoder_is_refused(pictures: Path, drawn_clips: Path, tmp_pat
     run(config)
     (tmp_path / "encoder").unlink()
     (tmp_path / "encoder").symlink_to(tmp_path / "encoder-1")
-    with pytest.raises(ValueError, match="started with other settings .*encoder_fingerprint"):
+    with pytest.raises(ValueError, match=r"started with other settings .*encoder_fingerprint"):
         run(config)

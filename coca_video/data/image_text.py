@@ -15,7 +15,7 @@ import re
 import tarfile
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -84,6 +84,7 @@ class PairDataset:
         augment: bool,
         crop_scale: tuple[float, float] = (0.9, 1.0),
         flip_probability: float = 0.0,
+        on_shard: Callable[[], object] | None = None,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, got {image_size}.")
@@ -91,7 +92,7 @@ class PairDataset:
             raise ValueError(f"flip_probability must lie in [0, 1], got {flip_probability}.")
         if flip_probability and not augment:
             raise ValueError(f"flip_probability {flip_probability} has no effect without augment=True.")
-        self.index = index_shards(shards)
+        self.index = index_shards(shards, on_shard=on_shard)
         self._image_size, self._seed, self._augment = image_size, seed, augment
         self._crop_scale, self._flip_probability = crop_scale, flip_probability
         self._files = _ShardFiles()
@@ -111,13 +112,14 @@ class PairDataset:
         chosen = int(self._rng(key, purpose="caption").integers(len(captions)))
         return Pair(image=image, caption=captions[chosen], captions=captions, key=name)
 
-    def all_captions(self) -> Iterator[str]:
-        """Every caption of every pair, in order; pairs whose captions cannot be read are passed over."""
+    def all_captions(self) -> Iterator[tuple[str, ...]]:
+        """The captions of each pair, in order; none where they cannot be read."""
         for index in range(len(self)):
             try:
-                yield from self._captions(index)
+                yield self._captions(index)
             except UnreadablePair as error:
                 LOGGER.warning("%s: %s", self.index.key(index), error)
+                yield ()
 
     def _captions(self, index: int) -> tuple[str, ...]:
         details = self._member(index, member=DETAILS)
@@ -241,7 +243,9 @@ def open_shards(spec: str | Path) -> list[Path]:
     return shards
 
 
-def index_shards(shards: Sequence[Path], *, cache_folder: Path | None = None) -> ShardIndex:
+def index_shards(
+    shards: Sequence[Path], *, cache_folder: Path | None = None, on_shard: Callable[[], object] | None = None
+) -> ShardIndex:
     """Where every pair lies; each shard is scanned once and its index kept in `cache_folder`.
 
     A kept index is used while the shard's absolute path, size and time of change are the same. The folder is by
@@ -256,7 +260,11 @@ def index_shards(shards: Sequence[Path], *, cache_folder: Path | None = None) ->
         if not shard.is_file():
             raise ValueError(f"There is no shard {shard}: expected a tar file.")
     folder = cache_folder or Path(os.environ.get("COCA_VIDEO_CACHE") or Path.home() / ".cache" / "coca_video")
-    parts = [_index_shard(shard, cache_folder=folder) for shard in shards]
+    parts = []
+    for shard in shards:
+        parts.append(_index_shard(shard, cache_folder=folder))
+        if on_shard is not None:
+            on_shard()
     index = ShardIndex(
         shards=tuple(shards),
         shard_numbers=np.repeat(np.arange(len(parts), dtype=np.int64), [len(part.keys) for part in parts]),

@@ -41,40 +41,46 @@ class RandomEncoder:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipsConfig:
-    """Labelled clips: manifests (CSV), or folders laid out as DIR/<class>/clip.mp4 or DIR/<split>/<class>/clip.mp4.
-
-    `test` is `train`'s manifest when None. A split of None takes all rows.
-    """
+    """Labelled clips."""
 
     train: Path
+    """A manifest (CSV), or a folder laid out as DIR/<class>/clip.mp4 or DIR/<split>/<class>/clip.mp4."""
     test: Path | None = None
+    """The same for testing; `train`'s when None."""
     train_split: str | None = "train"
+    """Rows to train on; all when None."""
     test_split: str | None = "test"
+    """Rows to test on; all of `test` when None, and no test when `test` is None too."""
     decoder: Literal["auto", "pyav", "decord"] = "auto"
+    """What reads the video files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """One probe run.
-
-    `num_frames` are drawn uniformly from a clip; one frame is the middle one, an image probe. `image_size` is the
-    encoder's own when None. `augment` draws frames, crop (at least `min_crop_area`) and flip at random in training;
-    `cache_tokens` encodes each clip once instead, keeps the tokens in memory, and is many times faster.
-    """
+    """A single-query probe on a frozen encoder."""
 
     encoder: PretrainedEncoder | RandomEncoder
     clips: ClipsConfig
     out: Path
+    """Folder of the run; the same command goes on where it stopped."""
     num_frames: int = 16
+    """Frames a clip, uniformly spread; one is the middle frame: an image probe."""
     image_size: int | None = None
+    """In px; the encoder's own when None."""
     cache_tokens: bool = False
+    """Encode each clip once and keep its tokens in memory: many times faster, without augmentation."""
     augment: bool = True
+    """Draw frames within their segments, crop and flip anew in each epoch."""
     min_crop_area: float = 0.5
+    """Smallest share of the frame that an augmenting crop keeps."""
     flip_probability: float = 0.5
+    """Of an augmenting flip; 0 for actions that tell left from right."""
     label_smoothing: float = 0.1
+    """Share of the target spread over all classes (CoCa Table 9: 0.1 for Kinetics)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     device: Device = "auto"
+    """Where to compute."""
 
     def __post_init__(self) -> None:
         if self.cache_tokens and self.augment:
@@ -115,11 +121,12 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
     if run.is_finished:
         evaluation = json.loads(result_file.read_text()) if result_file.is_file() else None
         return ProbeResult(model_folder=run.model_folder, evaluation=evaluation, num_unreadable=len(run.unreadable))
-    training, evaluate = _training(model, train=train, test=test, config=config, run=run, device=device)
+    training, test_evaluation = _training(model, train=train, test=test, config=config, run=run, device=device)
     run_loop(training, config=config.loop, optim=config.optim, run=run)
     evaluation = None
-    if evaluate is not None:
-        result = evaluate()
+    if test_evaluation is not None:
+        # A run that was killed after its last checkpoint has no step left in which the loop would evaluate.
+        result = test_evaluation.latest or test_evaluation.evaluate()
         run.note_unreadable(list(result.unreadable))
         facts = {"model": str(run.model_folder), "split": config.clips.test_split, "num_frames": config.num_frames}
         path = write_result(result_file.parent, name="test", result=result, facts=facts)
@@ -166,6 +173,20 @@ def _source(encoder: PretrainedEncoder | RandomEncoder) -> tuple[ImageConfig, Im
             return image, None
 
 
+@dataclass(kw_only=True)
+class _TestEvaluation:
+    """What evaluates on the test split, and its latest result."""
+
+    evaluate: Callable[[], ClassificationResult]
+    latest: ClassificationResult | None = None
+
+    def metrics(self) -> dict[str, float]:
+        """Evaluates anew; the figures for the log."""
+        self.latest = self.evaluate()
+        metrics = self.latest.metrics
+        return {"top1": metrics.top1, "top5": metrics.top5, "mean_class": metrics.mean_class}
+
+
 def _training(
     model: VideoClassifier,
     *,
@@ -174,37 +195,21 @@ def _training(
     config: ProbeConfig,
     run: Run,
     device: torch.device,
-) -> tuple[Training, Callable[[], ClassificationResult] | None]:
-    """What the loop needs, and what evaluates at the end; both on cached tokens, or both on clips."""
+) -> tuple[Training, _TestEvaluation | None]:
+    """What the loop needs, and what evaluates; both on cached tokens, or both on clips."""
     optimizer = build_optimizer(model, config=config.optim)
     bf16 = config.loop.precision == "bf16"
     train_clips = _clips(train, config=config, model=model, augment=config.augment)
-    test_clips = None if test is None else _clips(test, config=config, model=model, augment=False)
-    evaluate: Callable[[], ClassificationResult] | None = None
     dataset: VideoDataset | TokenDataset = train_clips
     if config.cache_tokens:
         dataset = _cached(model, train_clips, what="training", config=config, run=run, device=device)
-        if test_clips is not None:
-            test_tokens = _cached(model, test_clips, what="test", config=config, run=run, device=device)
-            evaluate = lambda: evaluate_tokens(model, dataset=test_tokens, classes=train.classes)  # noqa: E731
-    elif test_clips is not None:
-        evaluate = lambda: evaluate_clips(  # noqa: E731
-            model,
-            dataset=test_clips,
-            classes=train.classes,
-            device=device,
-            num_workers=config.loop.num_workers,
-            bf16=bf16,
-        )
+    evaluation = None
+    if test is not None:
+        evaluation = _test_evaluation(model, test=test, config=config, run=run, device=device)
 
     def step(batch: Any) -> dict[str, Sum]:
         batch = batch if config.cache_tokens else encode_batch(model, batch, device=device, bf16=bf16)
         return probe_step(model, batch.tokens, optimizer, labels=batch.labels, config=config)
-
-    def metrics() -> dict[str, float]:
-        assert evaluate is not None
-        result = evaluate().metrics
-        return {"top1": result.top1, "top5": result.top5, "mean_class": result.mean_class}
 
     training = Training(
         model=model,
@@ -212,9 +217,32 @@ def _training(
         step=step,
         dataset=dataset,
         collate=collate_tokens if config.cache_tokens else collate_clips,
-        evaluate=metrics if evaluate is not None and config.loop.evaluate_every else None,
+        evaluate=None if evaluation is None else evaluation.metrics,
     )
-    return training, evaluate
+    return training, evaluation
+
+
+def _test_evaluation(
+    model: VideoClassifier, *, test: Manifest, config: ProbeConfig, run: Run, device: torch.device
+) -> _TestEvaluation:
+    clips = _clips(test, config=config, model=model, augment=False)
+    if config.cache_tokens:
+        tokens = _cached(model, clips, what="test", config=config, run=run, device=device)
+        return _TestEvaluation(evaluate=lambda: evaluate_tokens(model, dataset=tokens, classes=test.classes))
+
+    def evaluate() -> ClassificationResult:
+        with progress_bar("evaluating", total=len(clips)) as bar:
+            return evaluate_clips(
+                model,
+                dataset=clips,
+                classes=test.classes,
+                device=device,
+                num_workers=config.loop.num_workers,
+                bf16=config.loop.precision == "bf16",
+                on_batch=bar.update,
+            )
+
+    return _TestEvaluation(evaluate=evaluate)
 
 
 def _clips(manifest: Manifest, *, config: ProbeConfig, model: VideoClassifier, augment: bool) -> VideoDataset:

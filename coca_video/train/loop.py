@@ -25,16 +25,24 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    """How long and how often, in updates; an `evaluate_every` of 0 evaluates at the end only."""
+    """How long and how often, in updates."""
 
     steps: int = 1000
+    """Updates in all."""
     batch_size: int = 64
+    """Samples an update."""
     seed: int = 0
+    """Of initial weights, order, captions, crops, flips and frames."""
     precision: Precision = "fp32"
+    """bf16 is autocast: weights and losses stay fp32."""
     log_every: int = 10
+    """Updates a line of metrics.jsonl, which holds their means."""
     checkpoint_every: int = 500
+    """Updates that may be lost to a kill."""
     evaluate_every: int = 0
+    """Updates between evaluations; 0 evaluates at the end only."""
     num_workers: int = 0
+    """Processes that read data; changes no number."""
 
     def __post_init__(self) -> None:
         for name, least in (

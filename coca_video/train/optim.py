@@ -9,17 +9,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW. The rate climbs over `warmup_steps`, then falls along a half cosine to zero at the last step.
-
-    `weight_decay` acts on matrices only; `gradient_clip` bounds the norm of all gradients together.
-    """
+    """AdamW with warm-up and a cosine to zero."""
 
     learning_rate: float = 1e-3
+    """The peak; it is climbed to over the warm-up, then falls along a half cosine to zero at the last step."""
     weight_decay: float = 0.05
+    """Acts on matrices only, not on biases, norms and scales."""
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.98
+    """Decay of the mean of squared gradients."""
     warmup_steps: int = 100
+    """Updates until the peak."""
     gradient_clip: float = 1.0
+    """Bound on the norm of all gradients together."""
 
 
 def learning_rate(step: int, *, config: OptimConfig, total_steps: int) -> float:

@@ -1,6 +1,6 @@
 """Pretraining on captioned images: contrastive and captioning loss together (CoCa section 3.2)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,38 +15,43 @@ from coca_video.hub import TOKENIZER, save
 from coca_video.losses import captioning_loss, contrastive_loss
 from coca_video.models.coca import CoCa, CoCaConfig
 from coca_video.tokenizer import Tokenizer, train_tokenizer
-from coca_video.train.loop import Device, LoopConfig, Sum, Training, pick_device, run_loop
+from coca_video.train.loop import Device, LoopConfig, Sum, Training, pick_device, progress_bar, run_loop
 from coca_video.train.optim import OptimConfig, build_optimizer, update
 from coca_video.train.run import Run, write_atomically
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig:
-    """Captioned images. `train` and `test` are a tar, a folder of tars, a glob, or a range train-{00000..00005}.tar.
-
-    Training draws a random crop of at least `min_crop_area` of the image and flips it with `flip_probability`; captions
-    that tell left from right want 0.
-    """
+    """Captioned images in tar shards (img2dataset's layout)."""
 
     train: Path
+    """A tar, a folder of tars, a glob, or a range such as train-{00000..00005}.tar."""
     test: Path | None = None
+    """The same, to measure retrieval on."""
     min_crop_area: float = 0.9
+    """Smallest share of the image that a training crop keeps."""
     flip_probability: float = 0.0
+    """Of a flip in training; 0 for captions that tell left from right."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """One pretraining run. Without a `tokenizer` (a tokenizer.json) a BPE of `model.text.vocab_size` ids is trained."""
+    """CoCa's image-text stage."""
 
     model: CoCaConfig
     pairs: PairsConfig
     out: Path
+    """Folder of the run; the same command goes on where it stopped."""
     tokenizer: Path | None = None
+    """A tokenizer.json; when None, a BPE of model.text.vocab-size ids is trained on the captions."""
     contrastive_weight: float = 1.0
+    """Weight of the contrastive loss (CoCa section 3.2)."""
     caption_weight: float = 2.0
+    """Weight of the captioning loss (CoCa section 3.2)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     device: Device = "auto"
+    """Where to compute."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +112,7 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
     run = Run(config.out, config=config)
     if run.is_finished:
         return _finished(run)
-    image_size = config.model.image.image_size
-    dataset = PairDataset(
-        open_shards(config.pairs.train),
-        image_size=image_size,
-        seed=config.loop.seed,
-        augment=True,
-        crop_scale=(config.pairs.min_crop_area, 1.0),
-        flip_probability=config.pairs.flip_probability,
-    )
+    dataset = _training_pairs(config)
     tokenizer = _tokenizer(dataset, config=config, run=run)
     torch.manual_seed(config.loop.seed)
     model = CoCa(config.model).to(device)
@@ -141,6 +138,21 @@ def _finished(run: Run) -> PretrainResult:
     return PretrainResult(model_folder=run.model_folder, metrics=metrics)
 
 
+def _training_pairs(config: PretrainConfig) -> PairDataset:
+    """The training pairs; shards that were not opened before are indexed, with a bar."""
+    shards = open_shards(config.pairs.train)
+    with progress_bar("indexing shards", total=len(shards)) as bar:
+        return PairDataset(
+            shards,
+            image_size=config.model.image.image_size,
+            seed=config.loop.seed,
+            augment=True,
+            crop_scale=(config.pairs.min_crop_area, 1.0),
+            flip_probability=config.pairs.flip_probability,
+            on_shard=bar.update,
+        )
+
+
 def _check_weights(config: PretrainConfig) -> None:
     if config.contrastive_weight == 0 and config.caption_weight == 0:
         raise ValueError("Both loss weights are 0, so nothing would be learned; give one of them a value above 0.")
@@ -156,7 +168,7 @@ def _tokenizer(dataset: PairDataset, *, config: PretrainConfig, run: Run) -> Tok
         tokenizer = Tokenizer.load(config.tokenizer)
         tokenizer = Tokenizer(tokenizer.backend, max_length=text.max_length)
     else:
-        tokenizer = train_tokenizer(dataset.all_captions(), vocab_size=text.vocab_size, max_length=text.max_length)
+        tokenizer = train_tokenizer(_captions(dataset), vocab_size=text.vocab_size, max_length=text.max_length)
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} ids and the model takes {text.vocab_size}; "
@@ -164,6 +176,14 @@ def _tokenizer(dataset: PairDataset, *, config: PretrainConfig, run: Run) -> Tok
         )
     write_atomically(path, tokenizer.backend.to_str())
     return tokenizer
+
+
+def _captions(dataset: PairDataset) -> Iterator[str]:
+    """Every caption, with a bar."""
+    with progress_bar("reading captions", total=len(dataset)) as bar:
+        for captions in dataset.all_captions():
+            yield from captions
+            bar.update()
 
 
 def _retrieval_metrics(
@@ -176,13 +196,15 @@ def _retrieval_metrics(
     test = PairDataset(shards, image_size=config.model.image.image_size, seed=config.loop.seed, augment=False)
 
     def evaluate() -> dict[str, float]:
-        return evaluate_retrieval(
-            model,
-            dataset=test,
-            tokenizer=tokenizer,
-            device=device,
-            num_workers=config.loop.num_workers,
-            bf16=config.loop.precision == "bf16",
-        ).metrics
+        with progress_bar("evaluating", total=len(test)) as bar:
+            return evaluate_retrieval(
+                model,
+                dataset=test,
+                tokenizer=tokenizer,
+                device=device,
+                num_workers=config.loop.num_workers,
+                bf16=config.loop.precision == "bf16",
+                on_batch=bar.update,
+            ).metrics
 
     return evaluate

@@ -426,3 +426,14 @@ def test_options_without_sense_are_sentences(tmp_path: Path) -> None:
         PairDataset(shards, image_size=8, seed=0, augment=True, flip_probability=2.0)
     with pytest.raises(ValueError, match="at least 1 pixel, got 0"):
         PairDataset(shards, image_size=0, seed=0, augment=True)
+
+
+def test_all_captions_in_order_and_none_of_a_pair_without(tmp_path: Path) -> None:
+    """The shards are counted one by one while they are indexed."""
+    shards = made_shards(tmp_path)
+    counted: list[int] = []
+    dataset = PairDataset(shards, image_size=16, seed=0, augment=False, on_shard=lambda: counted.append(1))
+    expected = [tuple(captions) for _, _, captions in made_pairs(0, 12)]
+    assert list(dataset.all_captions()) == expected and len(counted) == len(shards)
+    alone = pairs_of([raw_tar(tmp_path / "silent.tar", {"a.jpg": jpeg(1), "b.jpg": jpeg(2), "b.txt": b"two"})])
+    assert list(alone.all_captions()) == [(), ("two",)]

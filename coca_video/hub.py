@@ -70,7 +70,7 @@ def load(path: Path) -> Saved:
     classes_file, tokenizer_file = folder / CLASSES, folder / TOKENIZER
     return Saved(
         model=model.eval(),
-        classes=tuple(classes_file.read_text().splitlines()) if classes_file.is_file() else (),
+        classes=tuple(classes_file.read_text().removesuffix("\n").split("\n")) if classes_file.is_file() else (),
         tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file.is_file() else None,
     )
 

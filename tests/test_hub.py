@@ -19,9 +19,9 @@ def make_classifier() -> VideoClassifier:
 
 def test_classifier_round_trip(tmp_path: Path) -> None:
     model = make_classifier()
-    save(tmp_path / "m", model=model, classes=["b", "a c"])
+    save(tmp_path / "m", model=model, classes=["b", "a\u2028c"])
     saved = load(tmp_path / "m")
-    assert saved.classes == ("b", "a c") and saved.model.config == model.config and not saved.model.training
+    assert saved.classes == ("b", "a\u2028c") and saved.model.config == model.config and not saved.model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(saved.model.state_dict()[name], tensor), name
     assert sorted(path.name for path in (tmp_path / "m").iterdir()) == [

@@ -62,15 +62,16 @@ def test_the_commands_it_prints_work(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_it_learns_in_300_steps(tmp_path: Path) -> None:
-    """A floor with room below what 3 seeds gave (LOG.md): chance is .20, and the middle frame tells nothing."""
+    """Floors below what was measured (LOG.md): actions .51 of chance .20, colours 1.0; 700 steps widen the margins."""
     out = tmp_path / "quickstart"
-    assert quickstart(out, "--pretrain-steps", "300", "--probe-steps", "300") == 0
+    assert quickstart(out, "--pretrain-steps", "300") == 0
     report = json.loads((out / "report.json").read_text())
     accuracy = report["accuracy"]
-    assert accuracy["pretrained"] >= accuracy["random"] + 0.05
-    assert accuracy["pretrained"] >= accuracy["middle_frame"] + 0.25
+    assert accuracy["pretrained"] >= 0.4
+    assert accuracy["pretrained"] >= accuracy["middle_frame"] + 0.2
     assert abs(accuracy["middle_frame"] - 0.2) < 0.1
     colours = report["colour_accuracy"]
     assert colours["one_frame"] > 0.8 and colours["eight_frames"] > 0.6
-    losses = [json.loads(line)["loss"] for line in (out / "pretrain" / "metrics.jsonl").read_text().splitlines()]
-    assert losses[-1] < 0.4 * losses[0]
+    lines = [json.loads(line) for line in (out / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["contrastive_loss"] < 0.6 * lines[0]["contrastive_loss"]
+    assert lines[-1]["caption_loss"] < 0.2 * lines[0]["caption_loss"]

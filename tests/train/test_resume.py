@@ -89,6 +89,7 @@ def die_in_step(monkeypatch: pytest.MonkeyPatch, *, number: int) -> None:
         monkeypatch.setattr(module, name, step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pretrain", "probe", "cached probe"])
 def test_death_in_any_step(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     run(make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))

@@ -1,0 +1,41 @@
+"""Every coca-video command in README.md and in the docstrings of configs parses: files are there, options exist."""
+
+import ast
+import shlex
+from pathlib import Path
+
+import pytest
+
+from coca_video.cli.arguments import load_config, parse_options
+from coca_video.cli.evaluate import EvaluateOptions
+from coca_video.cli.predict import PredictOptions
+from coca_video.cli.quickstart import QuickstartOptions
+from coca_video.train.classify import ProbeConfig
+from coca_video.train.pretrain import PretrainConfig
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}
+OPTIONS = {"evaluate": EvaluateOptions, "predict": PredictOptions, "quickstart": QuickstartOptions}
+
+
+def commands() -> list[str]:
+    """Indented lines that start with coca-video."""
+    docstrings = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in REPOSITORY.glob("configs/*/*.py")]
+    lines = "\n".join([(REPOSITORY / "README.md").read_text(), *docstrings]).splitlines()
+    return [line.strip() for line in lines if line.startswith("    coca-video ")]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    _, verb, *arguments = shlex.split(command)
+    if verb in CONFIGS:
+        config = load_config(CONFIGS[verb], verb=verb, arguments=arguments)
+        assert type(config) is CONFIGS[verb]
+    else:
+        options = parse_options(OPTIONS[verb], verb=verb, arguments=arguments)
+        assert type(options) is OPTIONS[verb]
+
+
+def test_there_are_commands_for_every_verb_but_quickstart() -> None:
+    assert {shlex.split(command)[1] for command in commands()} >= {"pretrain", "probe", "evaluate", "predict"}

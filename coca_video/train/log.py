@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 Record = dict[str, float | int | str]
+KEYS = ("kind", "step")
+KINDS = (("train", "tab:blue", ""), ("evaluation", "tab:orange", "o"))
 
 
 class RunLog:
@@ -36,8 +38,9 @@ def draw_curves(records: list[Record], *, path: Path) -> None:
     """One small plot for each logged value over steps, all in one PNG; training and evaluation in different colours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    names = sorted({name for record in records for name in record} - {"kind", "step", "seconds"})
+    names = [name for name in dict.fromkeys(name for record in records for name in record) if name not in KEYS]
     if not names:
         return
     columns = min(3, len(names))
@@ -46,16 +49,18 @@ def draw_curves(records: list[Record], *, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis, name in zip(axes, names, strict=False):
-        for kind, colour, marker in (("train", "tab:blue", ""), ("evaluation", "tab:orange", "o")):
+        for kind, colour, marker in KINDS:
             points = [(record["step"], record[name]) for record in records if record["kind"] == kind and name in record]
             if points:
-                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, label=kind, linewidth=1.2)
+                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     for axis in axes[len(names) :]:
         axis.set_axis_off()
+    handles = [Line2D([], [], color=colour, marker=marker, label=kind) for kind, colour, marker in KINDS]
+    figure.legend(handles=handles, loc="outside lower right", ncols=len(KINDS), fontsize=8)
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=110)
     partial.replace(path)

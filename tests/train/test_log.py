@@ -30,6 +30,7 @@ def test_curves_draw_each_value_in_the_colour_of_its_kind(tmp_path: Path) -> Non
     with Image.open(tmp_path / "curves.png") as picture:
         columns = np.array_split(np.asarray(picture.convert("RGB")), 3, axis=1)  # loss, rate, top1 from left to right
     blue, orange = (31, 119, 180), (255, 127, 14)
+    columns = [part[:-30] for part in columns]  # above the legend
     counts = [[int((part == colour).all(axis=2).sum()) for part in columns] for colour in (blue, orange)]
     assert counts[0][0] > 50 and counts[0][1] > 50 and counts[0][2] == 0
     assert counts[1][0] == counts[1][1] == 0 and counts[1][2] > 10

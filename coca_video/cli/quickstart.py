@@ -37,7 +37,7 @@ class QuickstartOptions:
     """Clips to train the probe on."""
     num_test_clips: int = 500
     """Clips to evaluate on."""
-    pretrain_steps: int = 700
+    pretrain_steps: int = 1000
     """Updates of 96 pictures."""
     probe_steps: int = 600
     """Updates of 64 clips."""

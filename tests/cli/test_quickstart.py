@@ -62,7 +62,7 @@ def test_the_commands_it_prints_work(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.slow
 def test_it_learns_in_300_steps(tmp_path: Path) -> None:
-    """Floors below what was measured (LOG.md): actions .51 of chance .20, colours 1.0; 700 steps widen the margins."""
+    """Floors below what was measured (LOG.md): actions .51 (chance .20), colours 1.0; 1,000 steps give more."""
     out = tmp_path / "quickstart"
     assert quickstart(out, "--pretrain-steps", "300") == 0
     report = json.loads((out / "report.json").read_text())

@@ -116,12 +116,24 @@ def test_float64_outputs_and_all_gradients(masked: bool, trainable_tokens: bool,
 
 
 @pytest.mark.parametrize("mean", [0.0, 30.0, 300.0, 1e4])
-def test_fp32_against_float64(mean: float) -> None:
+@pytest.mark.parametrize("trainable_tokens", [False, True], ids=["frozen", "trainable"])
+def test_fp32_outputs_and_all_gradients_against_float64(mean: float, trainable_tokens: bool) -> None:
     """Against the float64 reference on the same fp32 tokens, also where their mean dwarfs their deviation."""
     pooler = make_pooler(dtype=torch.float32)
     tokens = make_tokens(dtype=torch.float32, mean=mean)
-    exact = Reference(pooler.double())(tokens.double(), make_mask()).detach()
-    assert largest_difference(pooler.float()(tokens, mask=make_mask()).double(), exact) <= 1e-5
+    reference = Reference(pooler).double()
+    ours_in = tokens.clone().requires_grad_(trainable_tokens)
+    theirs_in = tokens.double().requires_grad_(trainable_tokens)
+    ours, exact = pooler(ours_in, mask=make_mask()), reference(theirs_in, make_mask())
+    weight = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
+    (ours * weight).sum().backward()
+    (exact * weight.double()).sum().backward()
+    assert largest_difference(ours.double(), exact) <= 1e-5
+    expected = reference.gradients()
+    for name, parameter in pooler.named_parameters():
+        assert largest_difference(parameter.grad.double(), expected[name]) <= 1e-5, name
+    if trainable_tokens:
+        assert largest_difference(ours_in.grad.double(), theirs_in.grad) <= 1e-5
 
 
 def test_large_mean_needs_centring(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """The folder of a run: what it was asked for, log and curves, checkpoints, what it could not read, its model."""
 
 import csv
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from coca_video.config import differing_fields, to_json
 from coca_video.data.loader import Unreadable
+from coca_video.hub import TOKENIZER
 from coca_video.train.checkpoint import Checkpoints
 from coca_video.train.log import RunLog, draw_curves
 
@@ -25,19 +27,22 @@ class Run:
         self.folder = folder
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.log = RunLog(folder / "metrics.jsonl")
-        self.unreadable = read_unreadable(folder / UNREADABLE)
         folder.mkdir(parents=True, exist_ok=True)
         self._check_config({**to_json(config), **(identity or {})})
+        self.unreadable = read_unreadable(folder / UNREADABLE)
 
     def _check_config(self, resolved: dict[str, Any]) -> None:
         path = self.folder / "config.json"
-        if path.is_file() and self.checkpoints.newest() is not None:
-            lines = differing_fields(json.loads(path.read_text()), resolved, ignored=FREE_TO_CHANGE)
-            if lines:
-                raise ValueError(
-                    f"The run {self.folder} was started with other settings ({'; '.join(lines)}). "
-                    "Give the same ones to go on with it, or another --out for a new run."
-                )
+        before = json.loads(path.read_text()) if path.is_file() else resolved
+        differing = differing_fields(before, resolved, ignored=FREE_TO_CHANGE)
+        if differing and self.checkpoints.newest() is not None:
+            raise ValueError(
+                f"The run {self.folder} was started with other settings ({'; '.join(differing)}). "
+                "Give the same ones to go on with it, or another --out for a new run."
+            )
+        if differing:  # it never came to a checkpoint: what it left belongs to the other settings
+            for name in (TOKENIZER, UNREADABLE, self.log.path.name):
+                (self.folder / name).unlink(missing_ok=True)
         write_atomically(path, json.dumps(resolved, indent=2) + "\n")
 
     @property
@@ -72,10 +77,11 @@ def read_unreadable(path: Path) -> dict[str, str]:
 
 def write_unreadable(path: Path, *, samples: dict[str, str]) -> None:
     """A CSV of what could not be read and why."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["sample", "cause"])
-        writer.writerows(samples.items())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["sample", "cause"])
+    writer.writerows(samples.items())
+    write_atomically(path, text.getvalue())
 
 
 def write_atomically(path: Path, text: str) -> None:

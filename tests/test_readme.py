@@ -21,7 +21,8 @@ OPTIONS = {"evaluate": EvaluateOptions, "predict": PredictOptions, "quickstart":
 def commands() -> list[str]:
     """Indented lines that start with coca-video."""
     docstrings = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in REPOSITORY.glob("configs/*/*.py")]
-    lines = "\n".join([(REPOSITORY / "README.md").read_text(), *docstrings]).splitlines()
+    text = "\n".join([(REPOSITORY / "README.md").read_text(), *docstrings])
+    lines = text.replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.startswith("    coca-video ")]
 
 

@@ -1,6 +1,7 @@
 """Arguments of a verb: a config file with overrides, or plain options; both through tyro."""
 
 import runpy
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,15 @@ def _roots() -> tuple[Path, ...]:
     checkout = PACKAGE.parent
     shipped = (PACKAGE / "_shipped",) if (PACKAGE / "_shipped").is_dir() else (checkout,)
     return (Path.cwd(), *shipped)
+
+
+def program() -> str:
+    """How to call coca-video from here: its name where the shell finds this one, else its path."""
+    script = Path(sys.argv[0])
+    if script.name != "coca-video":
+        return "coca-video"
+    found = shutil.which("coca-video")
+    return "coca-video" if found is not None and Path(found).samefile(script) else str(script)
 
 
 def say(text: str) -> None:

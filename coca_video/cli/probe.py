@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from coca_video.cli.arguments import load_config, print_config_help, say, wants_help
+from coca_video.cli.arguments import load_config, print_config_help, program, say, wants_help
 
 WHAT = "Trains ONE learned query over the tokens of all frames of a clip, on a frozen encoder, and measures accuracy."
 
@@ -20,7 +20,7 @@ def run(arguments: Sequence[str]) -> int:
         print_accuracy(result.evaluation)
     if result.num_unreadable:
         say(f"{result.num_unreadable} clips could not be read; they are listed in {config.out / 'unreadable.csv'}.")
-    say(f"The classifier is in {result.model_folder}. Next: coca-video predict CLIP.mp4 --model {config.out}")
+    say(f"The classifier is in {result.model_folder}. Next: {program()} predict CLIP.mp4 --model {config.out}")
     return 0
 
 

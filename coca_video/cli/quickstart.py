@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coca_video.cli.arguments import parse_options, say
+from coca_video.cli.arguments import parse_options, program, say
 
 if TYPE_CHECKING:
     from coca_video.train.classify import ProbeConfig
@@ -210,11 +210,11 @@ def _print_next(options: QuickstartOptions) -> None:
     clip = next((options.out / "world" / "clips" / "test" / "spin").glob("*.mp4"))
     print(
         f"\nIn {options.out}: pretrain/ and probe/ (model/, metrics.jsonl, curves.png, evaluation/), report.json\n"
-        f"Ask it:          coca-video predict {clip} --model {options.out / 'probe'}\n"
-        f"Evaluate again:  coca-video evaluate {options.out / 'world/clips/manifest.csv'} --split test "
+        f"Ask it:          {program()} predict {clip} --model {options.out / 'probe'}\n"
+        f"Evaluate again:  {program()} evaluate {options.out / 'world/clips/manifest.csv'} --split test "
         f"--model {options.out / 'probe'} --num-frames 16\n"
         "Your own clips, laid out as clips/train/<class>/*.mp4 and clips/test/<class>/*.mp4:\n"
-        f"                 coca-video probe configs/probe/own_clips.py --encoder.path {options.out / 'pretrain'} "
+        f"                 {program()} probe configs/probe/own_clips.py --encoder.path {options.out / 'pretrain'} "
         "--clips.train clips --out runs/my_probe\n"
-        "                 coca-video predict my_clip.mp4 --model runs/my_probe"
+        f"                 {program()} predict my_clip.mp4 --model runs/my_probe"
     )

@@ -65,3 +65,21 @@ def test_an_unknown_verb_is_a_sentence(tmp_path: Path) -> None:
     assert "evaluate" in done.stderr  # says what there is
     assert "Traceback" not in done.stderr
     assert heavy(loaded.read_text()) == set()
+
+
+def test_commands_are_printed_as_they_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name where the shell finds this very program, by path where it would find none or another."""
+    from coca_video.cli.arguments import program
+
+    script = tmp_path / "venv" / "coca-video"
+    for path in (script, tmp_path / "other" / "coca-video"):
+        path.parent.mkdir()
+        path.write_text("#!/bin/sh\n")
+        path.chmod(0o755)
+    monkeypatch.setattr("sys.argv", [str(script), "quickstart"])
+    answers = {"venv": "coca-video", "other": str(script), "nowhere": str(script)}
+    for folder, expected in answers.items():
+        monkeypatch.setenv("PATH", str(tmp_path / folder))
+        assert program() == expected
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    assert program() == "coca-video"

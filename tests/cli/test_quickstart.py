@@ -60,6 +60,16 @@ def test_the_commands_it_prints_work(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([replaced.get(word, word) for word in commands[3]]) == 0
 
 
+def test_another_seed_is_another_world_and_another_run(tmp_path: Path) -> None:
+    logs, clips = [], []
+    for seed in ("0", "1"):
+        out = tmp_path / seed
+        assert quickstart(out, *SMALL, "--probe-steps", "1", "--seed", seed) == 0
+        logs.append(json.loads((out / "pretrain" / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+        clips.append((out / "world" / "clips" / "test" / "slide" / "test_00000.mp4").read_bytes())
+    assert logs[0] != logs[1] and clips[0] != clips[1]
+
+
 @pytest.mark.slow
 def test_it_learns_in_300_steps(tmp_path: Path) -> None:
     """Floors below what was measured (LOG.md): actions .51 (chance .20), colours 1.0; 1,000 steps give more."""

@@ -14,7 +14,7 @@ from coca_video.data.manifest import read_manifest, write_manifest
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.eval.classification import evaluate_clips
 from coca_video.hub import fingerprint, load
-from coca_video.models.image import VitConfig
+from coca_video.models.image import TimmVitConfig, VitConfig
 from coca_video.models.video import VideoClassifier
 from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, build_classifier, run_probe
 from coca_video.train.loop import LoopConfig
@@ -96,7 +96,19 @@ def test_one_frame_is_the_middle_one(config: ProbeConfig) -> None:
         {"num_frames": 4},
         {"image_size": 32},
         {"label_smoothing": 0.0},
-        {"encoder": RandomEncoder(image=replace(VitConfig.tiny(), depth=2))},
+        *(
+            {"encoder": RandomEncoder(image=replace(VitConfig.tiny(), **{name: value}))}
+            for name, value in (
+                ("width", 48),
+                ("depth", 2),
+                ("num_heads", 4),
+                ("mlp_width", 200),
+                ("patch_size", 16),
+                ("mean", (0.4, 0.5, 0.5)),
+                ("std", (0.5, 0.5, 0.4)),
+            )
+        ),
+        {"encoder": RandomEncoder(image=TimmVitConfig(name="vit_tiny_patch16_224", image_size=48))},
         {"loop": LoopConfig(steps=4, batch_size=8, log_every=1, seed=1)},
         {"loop": LoopConfig(steps=4, batch_size=4, log_every=1)},
         {"loop": LoopConfig(steps=5, batch_size=8, log_every=1)},

@@ -63,6 +63,18 @@ def test_overfits_a_few_pictures(config: PretrainConfig, pictures: Path) -> None
         {"contrastive_weight": 0.5},
         {"caption_weight": 1.0},
         {"model": replace(CoCaConfig.tiny(), num_queries=4)},
+        *(
+            {"model": replace(CoCaConfig.tiny(), text=replace(CoCaConfig.tiny().text, **{name: value}))}
+            for name, value in (
+                ("width", 48),
+                ("num_heads", 2),
+                ("mlp_width", 200),
+                ("num_unimodal_layers", 2),
+                ("num_multimodal_layers", 2),
+                ("vocab_size", 400),
+                ("max_length", 8),
+            )
+        ),
         {"loop": LoopConfig(steps=3, batch_size=8, log_every=1, precision="bf16")},
         {"loop": LoopConfig(steps=3, batch_size=8, log_every=1, seed=1)},
         {"pairs.min_crop_area": 0.4},

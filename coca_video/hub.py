@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -57,22 +58,44 @@ def find_model(path: Path) -> Path:
 def load(path: Path) -> Saved:
     """Rebuilds the model of a run or a model folder, on the CPU, in evaluation mode; no code of the folder is run."""
     folder = find_model(path)
-    document = json.loads((folder / CONFIG).read_text())
-    model: CoCa | VideoClassifier
-    match document["model"]:
-        case "CoCa":
-            model = CoCa(from_json(CoCaConfig, document["config"]))
-        case "VideoClassifier":
-            model = VideoClassifier(from_json(VideoClassifierConfig, document["config"]))
-        case other:
-            raise ValueError(f"{folder / CONFIG}: expected the model to be CoCa or VideoClassifier; got {other!r}.")
-    model.load_state_dict(load_file(folder / WEIGHTS))
-    classes_file, tokenizer_file = folder / CLASSES, folder / TOKENIZER
+    model = _build(folder / CONFIG)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder / WEIGHTS} is damaged, or not of the model in {CONFIG} ({reason}).") from error
+    tokenizer_file = folder / TOKENIZER
     return Saved(
         model=model.eval(),
-        classes=tuple(classes_file.read_text().removesuffix("\n").split("\n")) if classes_file.is_file() else (),
+        classes=_read_classes(folder / CLASSES, model=model),
         tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file.is_file() else None,
     )
+
+
+def _build(path: Path) -> CoCa | VideoClassifier:
+    """The model that config.json describes, with fresh weights."""
+    try:
+        document = json.loads(path.read_text())
+        name, config = document["model"], document["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: expected JSON with a model and its config ({error}).") from error
+    match name:
+        case "CoCa":
+            return CoCa(from_json(CoCaConfig, config))
+        case "VideoClassifier":
+            return VideoClassifier(from_json(VideoClassifierConfig, config))
+        case other:
+            raise ValueError(f"{path}: expected the model to be CoCa or VideoClassifier; got {other!r}.")
+
+
+def _read_classes(path: Path, *, model: CoCa | VideoClassifier) -> tuple[str, ...]:
+    """A classifier's classes, one for each score; a CoCa has none."""
+    if not isinstance(model, VideoClassifier):
+        return ()
+    names = tuple(path.read_text().removesuffix("\n").split("\n")) if path.is_file() else ()
+    if len(names) != model.config.num_classes:
+        raise ValueError(f"Expected {model.config.num_classes} lines in {path}, one a class; got {len(names)}.")
+    return names
 
 
 def fingerprint(module: nn.Module) -> str:

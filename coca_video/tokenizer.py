@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -26,6 +27,13 @@ class Tokenizer:
         self.backend.encode_special_tokens = True  # a caption that spells out a mark is plain text
         self.backend.enable_truncation(max_length)
         self.backend.enable_padding(pad_id=self.padding_id, pad_token=PADDING)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"backend": self.backend.to_str(), "max_length": self.max_length}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickled as it is, the backend would forget encode_special_tokens.
+        self.__init__(Backend.from_str(state["backend"]), max_length=state["max_length"])  # type: ignore[misc]
 
     def _special_id(self, name: str) -> int:
         token_id = self.backend.token_to_id(name)

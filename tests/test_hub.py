@@ -54,6 +54,24 @@ def test_fingerprint_tells_one_bit() -> None:
     assert fingerprint(model) != fingerprint(other)
 
 
+def test_damaged_folders_are_sentences(tmp_path: Path) -> None:
+    def damaged(name: str, content: bytes) -> Path:
+        folder = tmp_path / f"{name}-{len(content)}"
+        save(folder, model=make_classifier(), classes=["a", "b"])
+        (folder / name).write_bytes(content)
+        return folder
+
+    for content in (b"", b"\x02\0\0\0\0\0\0\0{}", b"cut"):
+        with pytest.raises(ValueError, match=r"model.safetensors is damaged, or not of the model"):
+            load(damaged("model.safetensors", content))
+    for content in (b"{}", b"[1]", b'{"model": '):
+        with pytest.raises(ValueError, match=r"config.json is damaged"):
+            load(damaged("config.json", content))
+    for content, number in ((b"a\n", 1), (b"a\nb\nc\n", 3)):
+        with pytest.raises(ValueError, match=rf"Expected 2 lines in .*classes.txt, one a class; got {number}"):
+            load(damaged("classes.txt", content))
+
+
 def test_what_is_no_model_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected a finished run or a model folder"):
         load(tmp_path / "nothing")

@@ -5,6 +5,9 @@ a checker that has gone blind does not pass for a clean tree.
 """
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,3 +192,19 @@ def test_a_planted_fault_is_found(tmp_path: Path, file: str, source: str, expect
 def test_what_is_allowed_passes(tmp_path: Path, file: str, source: str) -> None:
     plant(tmp_path, file, source=source)
     assert violations(tmp_path) == []
+
+
+DISTRIBUTIONS = {"PIL": "pillow"}  # where a module is not called like its distribution
+
+
+def test_every_imported_library_is_a_declared_dependency() -> None:
+    """The wheel test borrows installed libraries, so it would not notice one that pyproject.toml forgets."""
+    declared = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[<>=;\[ ]", line)[0].lower() for line in declared}
+    imported = {
+        name.split(".")[0]
+        for path in (REPOSITORY / "coca_video").rglob("*.py")
+        for _, name in imported_names(ast.parse(path.read_text()), package="coca_video")
+    }
+    third_party = imported - set(sys.stdlib_module_names) - {"coca_video", "<computed>"}
+    assert {DISTRIBUTIONS.get(name, name).lower() for name in third_party} == names

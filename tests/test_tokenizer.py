@@ -1,5 +1,6 @@
 """The tokenizer: marks, masks, round trips, truncation, saving."""
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,14 @@ def test_truncation_keeps_both_marks(tokenizer: Tokenizer) -> None:
 def test_marks_written_in_a_caption_are_plain_text(tokenizer: Tokenizer) -> None:
     ids, _ = tokenizer.encode([f"a {BEGIN} b"])
     assert (ids[0] == tokenizer.begin_id).sum() == 1
+
+
+def test_pickled_for_another_process(tokenizer: Tokenizer) -> None:
+    """A loader's worker gets a pickled copy: it must give the same tokens, also for marks written in a caption."""
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    captions = [*CAPTIONS, f"a {BEGIN} b <eos> c"]
+    for ours, theirs in zip(copy.encode(captions), tokenizer.encode(captions), strict=True):
+        assert ours.equal(theirs)
 
 
 def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:

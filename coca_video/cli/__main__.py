@@ -43,6 +43,9 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt as stopped:
         print(f"coca-video {verb}: {stopped or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has seen enough: `coca-video predict ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except (ValueError, OSError) as error:
         return _fail(f"{verb}: {error}")
 

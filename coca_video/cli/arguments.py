@@ -36,7 +36,10 @@ def print_config_help(*, verb: str, what: str) -> int:
 def load_config(config_type: type[Options], *, verb: str, arguments: Sequence[str]) -> Options:
     """The config of the file that stands first in `arguments`, with the overrides that follow it."""
     path = find_file(arguments[0])
-    config = runpy.run_path(str(path)).get("config")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except (SyntaxError, ImportError) as error:
+        raise ValueError(f"{path} is no config that Python can run: {error}.") from error
     if not isinstance(config, config_type):
         raise ValueError(
             f"{path}: expected a line `config = {config_type.__name__}(...)`, which `coca-video {verb}` takes; "
@@ -62,7 +65,7 @@ def _roots() -> tuple[Path, ...]:
     return (Path.cwd(), *shipped)
 
 
-def program() -> str:
+def call() -> str:
     """How to call coca-video from here: its name where the shell finds this one, else its path."""
     script = Path(sys.argv[0])
     if script.name != "coca-video":

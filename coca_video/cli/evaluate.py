@@ -1,6 +1,7 @@
 """`coca-video evaluate DATA --model RUN`: accuracy of a classifier, or retrieval of a CoCa."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,8 +74,9 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
     device = pick_device(options.device)
     manifest = read_manifest(options.data, classes=saved.classes)
     manifest = manifest if options.split is None else manifest.select(split=options.split)
+    manifest.check_labels()
     manifest.check_files()
-    num_frames = options.num_frames or model.config.num_frames
+    num_frames = model.config.num_frames if options.num_frames is None else options.num_frames
     clip = ClipConfig(num_frames=num_frames, image_size=model.config.image.image_size, decoder=options.decoder)
     with progress_bar("evaluating", total=len(manifest.rows)) as bar:
         result = evaluate_clips(
@@ -105,11 +107,11 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
 
     model = saved.model
     assert isinstance(model, CoCa)
+    for name, default in (("split", None), ("num_frames", None), ("decoder", "auto")):
+        if getattr(options, name) != default:
+            raise ValueError(f"--{name.replace('_', '-')} is for clips, and {options.model} is a CoCa: leave it out.")
     if saved.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, which retrieval needs.")
-    for name in ("split", "num_frames"):
-        if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for clips, and {options.model} is a CoCa: leave it out.")
     device = pick_device(options.device)
     dataset = PairDataset(open_shards(options.data), image_size=model.config.image.image_size, seed=0, augment=False)
     with progress_bar("evaluating", total=len(dataset)) as bar:
@@ -147,8 +149,9 @@ def _result_folder(options: EvaluateOptions) -> Path:
 
 
 def _result_name(options: EvaluateOptions) -> str:
-    parts = [options.data.name.split(".")[0], options.split, options.num_frames and f"{options.num_frames}frames"]
-    return "_".join(str(part) for part in parts if part)
+    data = re.sub(r"[^\w-]+", "_", options.data.resolve().name.removesuffix(".csv").removesuffix(".tar"))
+    frames = None if options.num_frames is None else f"{options.num_frames}frames"
+    return "_".join(part for part in (data, options.split, frames) if part is not None)
 
 
 def _report_unreadable(causes: list[str], *, total: int) -> int:

@@ -8,7 +8,7 @@ WHAT = "Trains CoCa on captioned images (tar shards in img2dataset's layout) and
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Trains, prints retrieval, says what to do next."""
+    """Trains, prints retrieval, says what to do next. Status 1 when some pairs could not be read."""
     if wants_help(arguments):
         return print_config_help(verb="pretrain", what=WHAT) if arguments else _no_config()
     from coca_video.train.pretrain import PretrainConfig, run_pretraining
@@ -17,8 +17,10 @@ def run(arguments: Sequence[str]) -> int:
     result = run_pretraining(config)
     for name, value in result.metrics.items():
         print(f"{name:<28} {value:.4f}")
+    if result.num_unreadable:
+        say(f"{result.num_unreadable} pairs could not be read; they are listed in {config.out / 'unreadable.csv'}.")
     say(f"The model is in {result.model_folder}. A probe on it: --encoder.path {config.out}")
-    return 0
+    return 1 if result.num_unreadable else 0
 
 
 def _no_config() -> int:

@@ -5,9 +5,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
-from coca_video.cli.arguments import parse_options, program, say
+from coca_video.cli.arguments import call, parse_options, say
 
 if TYPE_CHECKING:
     from coca_video.train.classify import ProbeConfig
@@ -75,6 +76,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def _check_options(options: QuickstartOptions) -> None:
     """The folder keeps what it was started with; other options would mix two worlds."""
+    limits = {"num_pictures": 2, "num_train_clips": 5, "num_test_clips": 5, "pretrain_steps": 1, "probe_steps": 1}
+    for name, least in limits.items():
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}; got {getattr(options, name)}.")
     path = options.out / "options.json"
     wanted = {name: value for name, value in asdict(options).items() if name not in ("out", "device")}
     if path.is_file() and (there := json.loads(path.read_text())) != wanted:
@@ -207,14 +212,15 @@ def _print_report(report: dict[str, Any]) -> None:
 
 
 def _print_next(options: QuickstartOptions) -> None:
-    clip = next((options.out / "world" / "clips" / "test" / "spin").glob("*.mp4"))
+    out, program = quote(str(options.out)), quote(call())
+    clip = quote(str(next((options.out / "world" / "clips" / "test" / "spin").glob("*.mp4"))))
     print(
-        f"\nIn {options.out}: pretrain/ and probe/ (model/, metrics.jsonl, curves.png, evaluation/), report.json\n"
-        f"Ask it:          {program()} predict {clip} --model {options.out / 'probe'}\n"
-        f"Evaluate again:  {program()} evaluate {options.out / 'world/clips/manifest.csv'} --split test "
-        f"--model {options.out / 'probe'} --num-frames 16\n"
+        f"\nIn {options.out}: pretrain/ and probe/ (model/, metrics.jsonl, curves.png; test.json), report.json\n"
+        f"Ask it:          {program} predict {clip} --model {out}/probe\n"
+        f"Evaluate again:  {program} evaluate {out}/world/clips/manifest.csv --split test --model {out}/probe "
+        "--num-frames 16\n"
         "Your own clips, laid out as clips/train/<class>/*.mp4 and clips/test/<class>/*.mp4:\n"
-        f"                 {program()} probe configs/probe/own_clips.py --encoder.path {options.out / 'pretrain'} "
+        f"                 {program} probe configs/probe/own_clips.py --encoder.path {out}/pretrain "
         "--clips.train clips --out runs/my_probe\n"
-        f"                 {program()} predict my_clip.mp4 --model runs/my_probe"
+        f"                 {program} predict my_clip.mp4 --model runs/my_probe"
     )

@@ -62,6 +62,12 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def fingerprint(self) -> str:
+        """A hash of keys and of the sizes of their members: another set of pairs has another."""
+        digest = hashlib.blake2b(self.keys.tobytes(), digest_size=16)
+        digest.update(np.ascontiguousarray(self.spans[:, :, 1]).tobytes())
+        return digest.hexdigest()
+
     def key(self, index: int) -> str:
         """The key of pair `index`."""
         return bytes(self.keys[index]).decode()
@@ -181,7 +187,7 @@ def decode_image(encoded: bytes) -> UInt8[Tensor, "3 height width"]:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's for no image, a cut one, a broken PNG chunk
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for bad bytes
         raise UnreadablePair(f"its image cannot be decoded: {str(error).splitlines()[0]}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 

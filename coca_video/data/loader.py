@@ -6,7 +6,7 @@ step can be reached at once. A run that starts at step k therefore sees exactly 
 
 import hashlib
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
@@ -20,6 +20,7 @@ SampleT_co = TypeVar("SampleT_co", covariant=True)
 BatchT = TypeVar("BatchT")
 
 MASK_64 = (1 << 64) - 1
+GRACE_SECONDS = 20  # schedulers send SIGKILL some 30 s after SIGTERM
 NUM_ROUNDS = 8  # Feistel rounds; 4 already pass as random for wide halves, small sizes have halves of 3 bits
 MIN_HALF_BITS = 3  # halves of 1 or 2 bits have too few round functions to reach most orders of a tiny data set
 
@@ -134,7 +135,7 @@ def batches(
     last_step: int,
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
-) -> Iterator[tuple[BatchT | None, list[Unreadable]]]:
+) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     """Yields one (batch, unreadable samples) for each step in [first_step, last_step).
 
     The result is the same for any number of `workers` (0: in this process). `collate` gets only the readable samples;
@@ -153,7 +154,7 @@ def in_order(
     batch_size: int,
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
-) -> Iterator[tuple[BatchT | None, list[Unreadable]]]:
+) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     """One pass in the order of the data set, for evaluation: epoch 0, indices 0 to num_samples - 1, each once.
 
     Yields what `batches` yields; the last batch may be smaller.
@@ -196,7 +197,7 @@ def _load(
     key_batches: Iterable[list[SampleKey]],
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
-) -> Iterator[tuple[BatchT | None, list[Unreadable]]]:
+) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     if workers < 0:
         raise ValueError(f"The number of workers must be 0 or more, got {workers}.")
     loader = DataLoader(
@@ -204,12 +205,25 @@ def _load(
         batch_sampler=cast(Any, key_batches),
         num_workers=workers,
         collate_fn=_CollateReadable(collate=collate),
-        worker_init_fn=_leave_ctrl_c_to_the_main_process,
+        worker_init_fn=_leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else each pass draws its workers' base seed from the global generator
     )
-    return iter(loader)
+    return _until_closed(loader)
 
 
-def _leave_ctrl_c_to_the_main_process(_: int) -> None:
-    """A terminal sends Ctrl-C to every process; a run that is about to save still needs its workers."""
+def _until_closed(loader: DataLoader[Any]) -> Generator[Any, None, None]:
+    """What the loader yields; its workers end with the generator, also where that is closed before its end."""
+    iterator = iter(loader)
+    try:
+        yield from iterator
+    finally:
+        del iterator
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """A terminal or a scheduler signals every process; a run that is about to save still needs its workers.
+
+    SIGTERM is obeyed after a while and not ignored: multiprocessing ends forgotten workers by it, and waits for them.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))

@@ -7,7 +7,9 @@ from nowhere else: sorting folder names permutes classes of Kinetics.
 
 import csv
 import difflib
+import hashlib
 import io
+import json
 import math
 import os
 import shlex
@@ -66,6 +68,21 @@ class Manifest:
             names = "the splits there are: " + ", ".join(map(repr, there)) if there else "no row has a split"
             raise ValueError(f"{self.source} has no clips of split {split!r}; {names}.")
         return replace(self, rows=rows)
+
+    def fingerprint(self) -> str:
+        """A hash of what is learned or measured on: ids, labels, times, splits and classes, not where the files lie."""
+        rows = [[row.video_id, row.label, row.start_seconds, row.end_seconds, row.split] for row in self.rows]
+        text = json.dumps([rows, self.classes])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def check_labels(self) -> None:
+        """Raises a ValueError if a row has no label: for those who learn from labels or count right answers."""
+        unlabelled = [row.video_id for row in self.rows if row.label is None]
+        if unlabelled:
+            raise ValueError(
+                f"{self.source} has {len(unlabelled)} of {len(self.rows)} clips without a label, the first is "
+                f"{unlabelled[0]!r}; give each a label, or leave them out."
+            )
 
     def check_files(self) -> None:
         """Raises a ValueError with the count and the first three names if files are missing on disk."""

@@ -98,9 +98,25 @@ def _result(
     )
 
 
+def free_name(folder: Path, *, name: str, facts: dict[str, Any]) -> str:
+    """`name`, or `name-2`, `name-3` ... where a result of other `facts` has the name already."""
+    candidate, number = name, 1
+    while (path := folder / f"{candidate}.json").is_file():
+        before = json.loads(path.read_text())
+        if all(before.get(key) == value for key, value in facts.items()):
+            break
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
 def write_result(folder: Path, *, name: str, result: ClassificationResult, facts: dict[str, Any]) -> Path:
-    """Writes `<name>.json` (metrics, unreadable videos, `facts` on the run) and `<name>_videos.csv` (scores)."""
+    """Writes `<name>.json` (metrics, unreadable videos, `facts` on the run) and `<name>_videos.csv` (scores).
+
+    A result of other facts under that name is left as it is: the new one is called `<name>-2`, and so on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    name = free_name(folder, name=name, facts=facts)
     with (folder / f"{name}_videos.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["video_id", "label", "predicted", *result.classes])

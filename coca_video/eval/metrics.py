@@ -29,6 +29,10 @@ def classification_metrics(
 ) -> ClassificationMetrics:
     """Metrics of one score per video and class; ties count against the right class: constant scores earn nothing."""
     num_videos, num_classes = scores.shape
+    if not np.isfinite(scores).all():
+        raise ValueError(
+            "Some scores are not finite, so the model's weights or inputs are broken; nothing was counted."
+        )
     own = scores[np.arange(num_videos), labels]
     ranks = (scores >= own[:, None]).sum(axis=1) - 1
     hits = ranks < 1

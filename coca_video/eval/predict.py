@@ -38,7 +38,7 @@ def load_predictor(path: Path, *, num_frames: int | None, decoder: Backend, devi
             f"{path} holds a {type(saved.model).__name__}, which names no actions; expected a probe's run."
         )
     clip = ClipConfig(
-        num_frames=num_frames or saved.model.config.num_frames,
+        num_frames=saved.model.config.num_frames if num_frames is None else num_frames,
         image_size=saved.model.config.image.image_size,
         decoder=decoder,
     )

@@ -35,6 +35,8 @@ def recall_at(
     captions whose image is among the K nearest. Ties go against us: a wrong answer as similar as the right one wins.
     """
     similarities = image @ text.T
+    if not similarities.isfinite().all():
+        raise ValueError("Some similarities are not finite, so the model's weights or inputs are broken.")
     right = owners == torch.arange(len(image), device=owners.device).unsqueeze(1)
     best_own = similarities.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
     image_ranks = ((similarities >= best_own) & ~right).sum(dim=1)

@@ -91,8 +91,13 @@ class CoCa(nn.Module):
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """1 / temperature, at most `MAX_SCALE`."""
-        return self.log_scale.exp().clamp(max=MAX_SCALE)
+        """1 / temperature."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def bound_scale(self) -> None:
+        """Brings the scale back to `MAX_SCALE` after an update; a clamp in the forward would have no gradient there."""
+        self.log_scale.clamp_(max=math.log(MAX_SCALE))
 
     def encode_image(
         self, images: Float[Tensor, "batch 3 height width"]

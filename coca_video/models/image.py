@@ -82,13 +82,17 @@ def _build_vit(config: ImageConfig) -> VisionTransformer:
     match config:
         case VitConfig():
             _check_patches(config.image_size, config.patch_size)
+            if config.depth < 1:
+                raise ValueError(f"An encoder needs a depth of at least 1; got {config.depth}.")
+            if config.width % config.num_heads:
+                raise ValueError(f"The heads must divide the width; got {config.num_heads} heads and {config.width}.")
             return VisionTransformer(
                 img_size=config.image_size,
                 patch_size=config.patch_size,
                 embed_dim=config.width,
                 depth=config.depth,
                 num_heads=config.num_heads,
-                mlp_ratio=config.mlp_width / config.width,
+                mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm cuts width * ratio: half keeps it exact
                 class_token=False,
                 global_pool="",
                 num_classes=0,
@@ -116,10 +120,10 @@ def _build_named_vit(config: TimmVitConfig) -> VisionTransformer:
 
 
 def _check_patches(image_size: int, patch_size: int) -> None:
-    if image_size % patch_size:
+    if image_size % patch_size or image_size < patch_size:
         raise ValueError(
             f"The image size must be a multiple of the patch size {patch_size} px; got {image_size} px. "
-            f"Take {image_size // patch_size * patch_size} or {(image_size // patch_size + 1) * patch_size}."
+            f"Take {max(1, image_size // patch_size) * patch_size} or {(image_size // patch_size + 1) * patch_size}."
         )
 
 

@@ -1,5 +1,6 @@
 """Checkpoints to resume from: torch.distributed.checkpoint folders, written under another name, renamed when whole."""
 
+import pickle
 import re
 import shutil
 import warnings
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 # Frozen weights come from where the run took them (and are compared by fingerprint), so they are not written again.
@@ -55,8 +57,14 @@ class Checkpoints:
             return 0
         model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINABLE)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "step": 0, "extra": extra}
-        with _one_process():
-            state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
+        try:
+            with _one_process():
+                state_dict_loader.load(state, checkpoint_id=path, no_dist=True)
+        except (CheckpointException, OSError, EOFError, AssertionError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"The checkpoint {path} is damaged ({type(error).__name__}); delete that folder to go on from the one "
+                "before it, or from the start if there is none."
+            ) from error
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=TRAINABLE
         )

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -88,6 +88,14 @@ class ProbeConfig:
                 "cache_tokens keeps one encoding of each clip, so augment would do nothing: "
                 "give --no-augment with --cache-tokens, or neither."
             )
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("min_crop_area", "flip_probability"):
+            if not self.augment and getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name.replace('_', '-')} does nothing without --augment; give both, or neither.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"--label-smoothing must be at least 0 and below 1; got {self.label_smoothing}.")
+        if self.loop.evaluate_every and self.clips.test is None and self.clips.test_split is None:
+            raise ValueError("--loop.evaluate-every does nothing without a test split; give one, or leave it out.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +124,11 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
     device = pick_device(config.device)
     train, test = read_splits(config.clips)
     model = build_classifier(config, num_classes=len(train.classes)).to(device)
-    run = Run(config.out, config=config, identity={"encoder_fingerprint": fingerprint(model.encoder)})
-    result_file = run.folder / "evaluation" / "test.json"
+    identity = {"encoder_fingerprint": fingerprint(model.encoder), "train_fingerprint": train.fingerprint()}
+    if test is not None:
+        identity["test_fingerprint"] = test.fingerprint()
+    run = Run(config.out, config=config, identity=identity)
+    result_file = run.folder / "test.json"  # and not in evaluation/, which belongs to whoever evaluates later
     if run.is_finished:
         evaluation = json.loads(result_file.read_text()) if result_file.is_file() else None
         return ProbeResult(model_folder=run.model_folder, evaluation=evaluation, num_unreadable=len(run.unreadable))
@@ -129,7 +140,7 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
         result = test_evaluation.latest or test_evaluation.evaluate()
         run.note_unreadable(list(result.unreadable))
         facts = {"model": str(run.model_folder), "split": config.clips.test_split, "num_frames": config.num_frames}
-        path = write_result(result_file.parent, name="test", result=result, facts=facts)
+        path = write_result(run.folder, name="test", result=result, facts=facts)
         evaluation = json.loads(path.read_text())
     save(run.model_folder, model=model, classes=train.classes)
     return ProbeResult(model_folder=run.model_folder, evaluation=evaluation, num_unreadable=len(run.unreadable))
@@ -145,6 +156,7 @@ def read_splits(clips: ClipsConfig) -> tuple[Manifest, Manifest | None]:
     train = train if clips.train_split is None else train.select(split=clips.train_split)
     for manifest in (train, test):
         if manifest is not None:
+            manifest.check_labels()
             manifest.check_files()
     return train, test
 
@@ -218,6 +230,7 @@ def _training(
         dataset=dataset,
         collate=collate_tokens if config.cache_tokens else collate_clips,
         evaluate=None if evaluation is None else evaluation.metrics,
+        num_workers=0 if config.cache_tokens else config.loop.num_workers,  # tokens are at hand, on the device
     )
     return training, evaluation
 

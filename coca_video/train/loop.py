@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
@@ -51,6 +51,7 @@ class LoopConfig:
             ("log_every", 1),
             ("checkpoint_every", 1),
             ("num_workers", 0),
+            ("evaluate_every", 0),
         ):
             if getattr(self, name) < least:
                 raise ValueError(
@@ -62,7 +63,7 @@ class LoopConfig:
 class Sum:
     """A value summed over `count` things; its mean over steps is the sum of totals over the sum of counts."""
 
-    total: Tensor
+    total: Tensor | float
     count: Tensor | int
 
 
@@ -83,6 +84,7 @@ class Training:
     dataset: Any
     collate: Callable[[Any], Any]
     evaluate: Callable[[], dict[str, float]] | None = None
+    num_workers: int = 0
 
 
 def pick_device(device: Device) -> torch.device:
@@ -112,20 +114,39 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
         order=order,
         first_step=first,
         last_step=config.steps,
-        workers=config.num_workers,
+        workers=training.num_workers,
         collate=training.collate,
     )
     training.model.train()
-    with _stop_requests() as stop_requested, progress_bar("training", total=config.steps, initial=first) as bar:
+    with (
+        closing(stream),
+        _stop_requests() as stop_requested,
+        progress_bar("training", total=config.steps, initial=first) as bar,
+    ):
         for step, (batch, unreadable) in zip(range(first, config.steps), stream, strict=True):
-            _one_step(training, batch, step=step, window=window, config=config, optim=optim)
+            _one_step(
+                training,
+                batch,
+                num_unreadable=len(unreadable),
+                step=step,
+                window=window,
+                config=config,
+                optim=optim,
+            )
             run.note_unreadable(unreadable)
             _check_something_was_read(window, run=run, dataset_size=len(training.dataset))
             _after_step(training, done=step + 1, window=window, config=config, run=run, bar=bar, stop=stop_requested())
 
 
 def _one_step(
-    training: Training, batch: Any, *, step: int, window: "_Window", config: LoopConfig, optim: OptimConfig
+    training: Training,
+    batch: Any,
+    *,
+    num_unreadable: int,
+    step: int,
+    window: "_Window",
+    config: LoopConfig,
+    optim: OptimConfig,
 ) -> None:
     rate = learning_rate(step, config=optim, total_steps=config.steps)
     for group in training.optimizer.param_groups:
@@ -136,7 +157,7 @@ def _one_step(
         return
     torch.manual_seed(config.seed * 1_000_003 + step)
     window.empty_steps = 0
-    window.add(training.step(batch), samples=config.batch_size)
+    window.add(training.step(batch), samples=config.batch_size - num_unreadable)
 
 
 def _after_step(
@@ -149,6 +170,7 @@ def _after_step(
         run.log.write("train", step=done, values=means)
         if "loss" in means:
             bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
+    paused = time.perf_counter()
     if training.evaluate is not None and (last or (config.evaluate_every and done % config.evaluate_every == 0)):
         training.model.eval()
         run.log.write("evaluation", step=done, values=training.evaluate())
@@ -158,6 +180,7 @@ def _after_step(
         extra = {"window": window.dump()}
         run.checkpoints.save(done, model=training.model, optimizer=training.optimizer, extra=extra)
         run.draw_curves()
+    window.started += time.perf_counter() - paused  # samples per second are training's alone
     bar.update(1)
     if stop and not last:
         raise Stopped(done)
@@ -182,7 +205,7 @@ class _Window:
     def add(self, values: dict[str, Sum], *, samples: int) -> None:
         self.samples += samples
         for name, value in values.items():
-            total = value.total.detach().double() if value.total.device.type != "mps" else value.total.detach()
+            total = _detached(value.total)
             old = self.sums.get(name)
             self.sums[name] = (
                 Sum(total, value.count) if old is None else Sum(old.total + total, old.count + value.count)
@@ -196,7 +219,7 @@ class _Window:
             if not math.isfinite(value):
                 raise ValueError(
                     f"{name} became {value} shortly before step {before_step}; no checkpoint was written since it did. "
-                    "Lower --optim.learning-rate or raise --optim.warmup-steps and run again."
+                    "Start another --out with a lower --optim.learning-rate or a longer --optim.warmup-steps."
                 )
 
     def take(self, *, before_step: int) -> dict[str, float]:
@@ -213,7 +236,14 @@ class _Window:
 
     def load(self, dumped: str) -> None:
         sums = json.loads(dumped).items()
-        self.sums = {name: Sum(torch.tensor(total, dtype=torch.float64), count) for name, (total, count) in sums}
+        self.sums = {name: Sum(total, count) for name, (total, count) in sums}
+
+
+def _detached(total: Tensor | float) -> Tensor | float:
+    """In float64, where the device has it, and without its graph."""
+    if not isinstance(total, Tensor) or total.device.type == "mps":
+        return total.detach() if isinstance(total, Tensor) else total
+    return total.detach().double()
 
 
 @contextmanager

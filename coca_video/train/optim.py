@@ -24,6 +24,19 @@ class OptimConfig:
     gradient_clip: float = 1.0
     """Bound on the norm of all gradients together."""
 
+    def __post_init__(self) -> None:
+        expected = {
+            "learning_rate": ("above 0 and finite", 0 < self.learning_rate < math.inf),
+            "weight_decay": ("0 or more and finite", 0 <= self.weight_decay < math.inf),
+            "beta1": ("at least 0 and below 1", 0 <= self.beta1 < 1),
+            "beta2": ("at least 0 and below 1", 0 <= self.beta2 < 1),
+            "warmup_steps": ("0 or more", self.warmup_steps >= 0),
+            "gradient_clip": ("above 0", self.gradient_clip > 0),
+        }
+        for name, (range_, holds) in expected.items():
+            if not holds:
+                raise ValueError(f"--optim.{name.replace('_', '-')} must be {range_}; got {getattr(self, name)}.")
+
 
 def learning_rate(step: int, *, config: OptimConfig, total_steps: int) -> float:
     """The rate of update `step` (from 0): (step + 1) / warmup of the peak, then cosine, zero after the last update."""

@@ -1,5 +1,6 @@
 """Pretraining on captioned images: contrastive and captioning loss together (CoCa section 3.2)."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +57,11 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainResult:
-    """Where the model is, and recall@K on the test pairs (empty without any)."""
+    """Where the model is, recall@K on the test pairs (empty without any), and how many pairs could not be read."""
 
     model_folder: Path
     metrics: dict[str, float]
+    num_unreadable: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,7 @@ def coca_step(
     caption_sum, caption_count = captioning_loss(out.logits, tokens=tokens, mask=mask)
     loss = config.contrastive_weight * contrastive + config.caption_weight * caption_sum / caption_count
     norm = update(optimizer, loss=loss, gradient_clip=config.optim.gradient_clip)
+    model.bound_scale()
     return {
         "loss": Sum(loss, 1),
         "contrastive_loss": Sum(contrastive, 1),
@@ -108,11 +111,11 @@ def coca_step(
 def run_pretraining(config: PretrainConfig) -> PretrainResult:
     """Trains, evaluates retrieval on `pairs.test`, writes the model. Goes on where `out` stopped."""
     device = pick_device(config.device)
-    _check_weights(config)
-    run = Run(config.out, config=config)
+    _check_options(config)
+    dataset = _training_pairs(config)
+    run = Run(config.out, config=config, identity={"train_fingerprint": dataset.index.fingerprint()})
     if run.is_finished:
         return _finished(run)
-    dataset = _training_pairs(config)
     tokenizer = _tokenizer(dataset, config=config, run=run)
     torch.manual_seed(config.loop.seed)
     model = CoCa(config.model).to(device)
@@ -123,7 +126,8 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
         step=lambda batch: coca_step(model, batch, optimizer, config=config, device=device),
         dataset=dataset,
         collate=CollatePairs(tokenizer=tokenizer),
-        evaluate=_retrieval_metrics(model, tokenizer=tokenizer, config=config, device=device),
+        evaluate=_retrieval_metrics(model, tokenizer=tokenizer, config=config, run=run, device=device),
+        num_workers=config.loop.num_workers,
     )
     run_loop(training, config=config.loop, optim=config.optim, run=run)
     save(run.model_folder, model=model, tokenizer=tokenizer)
@@ -135,7 +139,7 @@ def _finished(run: Run) -> PretrainResult:
     evaluations = [record for record in run.log.records() if record["kind"] == "evaluation"]
     last = evaluations[-1] if evaluations else {}
     metrics = {name: float(value) for name, value in last.items() if name not in ("kind", "step")}
-    return PretrainResult(model_folder=run.model_folder, metrics=metrics)
+    return PretrainResult(model_folder=run.model_folder, metrics=metrics, num_unreadable=len(run.unreadable))
 
 
 def _training_pairs(config: PretrainConfig) -> PairDataset:
@@ -153,9 +157,15 @@ def _training_pairs(config: PretrainConfig) -> PairDataset:
         )
 
 
-def _check_weights(config: PretrainConfig) -> None:
+def _check_options(config: PretrainConfig) -> None:
+    if not (0 <= config.contrastive_weight < math.inf and 0 <= config.caption_weight < math.inf):
+        raise ValueError(
+            f"Loss weights must be 0 or more; got {config.contrastive_weight} and {config.caption_weight}."
+        )
     if config.contrastive_weight == 0 and config.caption_weight == 0:
         raise ValueError("Both loss weights are 0, so nothing would be learned; give one of them a value above 0.")
+    if config.loop.evaluate_every and config.pairs.test is None:
+        raise ValueError("--loop.evaluate-every does nothing without --pairs.test; give both, or neither.")
 
 
 def _tokenizer(dataset: PairDataset, *, config: PretrainConfig, run: Run) -> Tokenizer:
@@ -187,7 +197,7 @@ def _captions(dataset: PairDataset) -> Iterator[str]:
 
 
 def _retrieval_metrics(
-    model: CoCa, *, tokenizer: Tokenizer, config: PretrainConfig, device: torch.device
+    model: CoCa, *, tokenizer: Tokenizer, config: PretrainConfig, run: Run, device: torch.device
 ) -> Callable[[], dict[str, float]] | None:
     """What the loop calls to evaluate, if there are test pairs."""
     if config.pairs.test is None:
@@ -197,7 +207,7 @@ def _retrieval_metrics(
 
     def evaluate() -> dict[str, float]:
         with progress_bar("evaluating", total=len(test)) as bar:
-            return evaluate_retrieval(
+            result = evaluate_retrieval(
                 model,
                 dataset=test,
                 tokenizer=tokenizer,
@@ -205,6 +215,8 @@ def _retrieval_metrics(
                 num_workers=config.loop.num_workers,
                 bf16=config.loop.precision == "bf16",
                 on_batch=bar.update,
-            ).metrics
+            )
+        run.note_unreadable(list(result.unreadable))
+        return result.metrics
 
     return evaluate

@@ -13,14 +13,14 @@ from coca_video.train.checkpoint import Checkpoints
 from coca_video.train.log import RunLog, draw_curves
 
 UNREADABLE = "unreadable.csv"
-# These change how fast or where a run goes, and no number in it.
+# These say how fast and where a run goes. (Another device rounds otherwise; a run may still move to it.)
 FREE_TO_CHANGE = frozenset({"out", "device", "num_workers"})
 
 
 class Run:
     """Opens `folder` for `config`: a new one, or one to go on with, which must have been started with the same config.
 
-    `identity` adds facts that must be the same again, such as the fingerprint of a frozen encoder.
+    `identity` adds facts that must be the same again: fingerprints of the data and of a frozen encoder.
     """
 
     def __init__(self, folder: Path, *, config: object, identity: dict[str, str] | None = None) -> None:
@@ -35,7 +35,7 @@ class Run:
         path = self.folder / "config.json"
         before = json.loads(path.read_text()) if path.is_file() else resolved
         differing = differing_fields(before, resolved, ignored=FREE_TO_CHANGE)
-        if differing and self.checkpoints.newest() is not None:
+        if differing and (self.checkpoints.newest() is not None or self.is_finished):
             raise ValueError(
                 f"The run {self.folder} was started with other settings ({'; '.join(differing)}). "
                 "Give the same ones to go on with it, or another --out for a new run."

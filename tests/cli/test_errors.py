@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from coca_video.cli.__main__ import main
+from coca_video.data.image_text import encode_jpeg, write_shard
 from coca_video.data.manifest import read_manifest
 from coca_video.hub import save
 from coca_video.models.image import VitConfig
@@ -20,6 +23,20 @@ from coca_video.train.loop import LoopConfig
 config = ProbeConfig(
     encoder=RandomEncoder(image=VitConfig.tiny()), clips=ClipsConfig(train=Path({train!r})), out=Path({out!r}),
     num_frames=2, cache_tokens=True, augment=False, loop=LoopConfig(steps=2, batch_size=4), device="cpu",
+)
+"""
+
+
+PRETRAIN = """
+from pathlib import Path
+from coca_video.models.coca import CoCaConfig
+from coca_video.train.loop import LoopConfig
+from coca_video.train.pretrain import PairsConfig, PretrainConfig
+folder = Path({folder!r})
+config = PretrainConfig(
+    model=CoCaConfig.tiny(), out=folder / "run",
+    pairs=PairsConfig(train=folder / "train.tar", test=folder / "test.tar"),
+    loop=LoopConfig(steps=3, batch_size=4), device="cpu",
 )
 """
 
@@ -107,6 +124,37 @@ def test_corrupt_clips_in_evaluation(model: Path, clips: Path, capsys: pytest.Ca
     assert document["top1_unreadable_wrong"] == pytest.approx(0.9 * document["top1"])
 
 
+def test_corrupt_clips_in_training(probe: list[str], clips: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The probe is trained, evaluated and kept all the same; the status is 1."""
+    broken = read_manifest(clips).select(split="train").rows[0]
+    broken.path.write_bytes(b"no video")
+    assert main(probe) == 1
+    out, error = capsys.readouterr()
+    assert "videos      10 read, 0 unreadable" in out
+    assert "1 clips could not be read; they are listed in" in error and "Traceback" not in error
+    run = clips.parent.parent / "run"
+    assert broken.video_id in (run / "unreadable.csv").read_text() and (run / "model" / "model.safetensors").is_file()
+
+
+def test_corrupt_pairs_in_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One in training, one in the test pairs: both are listed, the figures are over the others, the status is 1."""
+    for name, first in (("train", 0), ("test", 10)):
+        shard = tmp_path / f"{name}.tar"
+        pictures = {f"{n:03d}": torch.full((3, 48, 48), n, dtype=torch.uint8) for n in range(first, first + 5)}
+        write_shard(shard, pairs=[(key, encode_jpeg(picture), ["a b"]) for key, picture in pictures.items()])
+        with tarfile.open(shard) as tar:
+            member = tar.getmember(f"{first + 2:03d}.jpg")
+        with shard.open("r+b") as file:
+            file.seek(member.offset_data)
+            file.write(bytes(member.size))
+    config = tmp_path / "pretrain.py"
+    config.write_text(PRETRAIN.format(folder=str(tmp_path)))
+    assert main(["pretrain", str(config)]) == 1
+    assert "2 pairs could not be read; they are listed in" in capsys.readouterr().err
+    listed = (tmp_path / "run" / "unreadable.csv").read_text()
+    assert "002," in listed and "012," in listed
+
+
 @pytest.mark.parametrize("content", [b"", b"this is a text", None], ids=["empty", "text", "missing"])
 def test_files_that_are_no_video_in_prediction(
     model: Path, clips: Path, capsys: pytest.CaptureFixture[str], content: bytes | None
@@ -168,8 +216,22 @@ def test_a_misspelt_option(probe: list[str], option: str, near: str, capsys: pyt
     assert f"Unrecognized options: {option}" in error and near in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("config = (", "is no config that Python can run"),
+        ("import nothing_of_that_name", "is no config that Python can run: No module named 'nothing_of_that_name'"),
+        ("x = 1", "expected a line `config = ProbeConfig(...)`, which `coca-video probe` takes; got no `config`."),
+    ],
+)
+def test_broken_configs(content: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.py").write_text(content)
+    assert sentence in fails(["probe", str(tmp_path / "config.py")], capsys)
+
+
 def test_a_value_out_of_range(probe: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected num_frames and image_size of at least 1, got 0" in fails([*probe, "--num-frames", "0"], capsys)
+    assert "multiple of the patch size 8 px; got 0 px" in fails([*probe, "--image-size", "0"], capsys)
     with pytest.raises(SystemExit) as stopped:  # a config that refuses its values does so while they are parsed
         main([*probe, "--loop.batch-size", "0"])
     assert stopped.value.code == 2
@@ -187,4 +249,6 @@ def test_a_model_that_names_no_actions(pictures: Path, tmp_path: Path, capsys: p
     assert "holds a CoCa, which names no actions" in fails(
         ["predict", "x.mp4", "--model", str(tmp_path / "coca")], capsys
     )
+    arguments = ["evaluate", str(pictures), "--model", str(tmp_path / "coca"), "--decoder", "decord"]
+    assert "--decoder is for clips" in fails(arguments, capsys)
     assert "has no tokenizer.json" in fails(["evaluate", str(pictures), "--model", str(tmp_path / "coca")], capsys)

@@ -69,7 +69,7 @@ def test_an_unknown_verb_is_a_sentence(tmp_path: Path) -> None:
 
 def test_commands_are_printed_as_they_can_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By name where the shell finds this very program, by path where it would find none or another."""
-    from coca_video.cli.arguments import program
+    from coca_video.cli.arguments import call
 
     script = tmp_path / "venv" / "coca-video"
     for path in (script, tmp_path / "other" / "coca-video"):
@@ -80,6 +80,6 @@ def test_commands_are_printed_as_they_can_be_called(tmp_path: Path, monkeypatch:
     answers = {"venv": "coca-video", "other": str(script), "nowhere": str(script)}
     for folder, expected in answers.items():
         monkeypatch.setenv("PATH", str(tmp_path / folder))
-        assert program() == expected
+        assert call() == expected
     monkeypatch.setattr("sys.argv", ["pytest"])
-    assert program() == "coca-video"
+    assert call() == "coca-video"

@@ -24,7 +24,7 @@ def test_a_small_one_goes_on_where_it_stopped(tmp_path: Path, capsys: pytest.Cap
         assert f"{accuracy:.3f}" in text, name
     assert list(report["accuracy"]) == ["pretrained", "random", "middle_frame", "image_probe_on_video", "chance"]
     assert sorted(report["per_class_accuracy"]) == sorted(ACTIONS) and report["accuracy"]["chance"] == 0.2
-    evaluation = json.loads((out / "probe" / "evaluation" / "test.json").read_text())
+    evaluation = json.loads((out / "probe" / "test.json").read_text())
     assert report["accuracy"]["pretrained"] == evaluation["top1"] and evaluation["num_videos"] == 10
     image_probe = json.loads((out / "probe_middle_frame" / "evaluation" / "manifest_test_8frames.json").read_text())
     assert report["accuracy"]["image_probe_on_video"] == image_probe["top1"] and image_probe["num_frames"] == 8
@@ -58,6 +58,12 @@ def test_the_commands_it_prints_work(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*probe, "--loop.steps", "3"]) == 0
     assert "videos      10 read, 0 unreadable" in capsys.readouterr().out
     assert main([replaced.get(word, word) for word in commands[3]]) == 0
+
+
+def test_too_few_clips_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quickstart(tmp_path, "--num-test-clips", "1") == 2
+    assert "--num-test-clips must be at least 5; got 1." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_seed_is_another_world_and_another_run(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import logging
 import multiprocessing
 import os
 import pickle
+import struct
 import tarfile
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,6 +159,18 @@ def test_png_keeps_every_pixel_and_webp_decodes_as_torchvision_does() -> None:
     assert torch.equal(image_text.decode_image(encoded(9, kind="PNG")), picture(9))
     webp = encoded(9, kind="WEBP")
     assert (image_text.decode_image(webp).int() - torchvision_pixels(webp).int()).abs().max() <= 3
+
+
+def test_a_picture_of_a_billion_pixels_is_unreadable(tmp_path: Path) -> None:
+    """Only its header says so; Pillow refuses to decode it, and training goes on without it."""
+    size = struct.pack(">II", 32_000, 32_000) + b"\x08\x02\x00\x00\x00"
+    chunks = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in ((b"IHDR", size), (b"IDAT", zlib.compress(b"")))
+    )
+    shard = raw_tar(tmp_path / "huge.tar", {"a.png": b"\x89PNG\r\n\x1a\n" + chunks, "a.txt": b"a"})
+    found = pairs_of([shard])[SampleKey(0, 0)]
+    assert isinstance(found, Unreadable) and "exceeds limit" in found.cause
 
 
 def test_encode_jpeg_keeps_the_picture_and_gives_the_same_bytes() -> None:

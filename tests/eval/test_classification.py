@@ -97,6 +97,17 @@ def test_files_tell_every_video_and_class(model: VideoClassifier, manifest: Mani
         assert [float(row[name]) for name in manifest.classes] == pytest.approx(scores, rel=1e-8)
 
 
+def test_results_of_other_facts_are_not_overwritten(model: VideoClassifier, manifest: Manifest, tmp_path: Path) -> None:
+    result = evaluate(model, manifest, batch_size=8)
+    written = [
+        write_result(tmp_path, name="test", result=result, facts={"data": data}).name
+        for data in ("a", "b", "a", "b", "c")
+    ]
+    assert written == ["test.json", "test-2.json", "test.json", "test-2.json", "test-3.json"]
+    assert json.loads((tmp_path / "test-2.json").read_text())["data"] == "b"
+    assert (tmp_path / "test-3_videos.csv").is_file()
+
+
 def test_predict_and_evaluate_agree(model: VideoClassifier, manifest: Manifest, tmp_path: Path) -> None:
     save(tmp_path / "model", model=model, classes=manifest.classes)
     predictor = load_predictor(tmp_path / "model", num_frames=None, decoder="auto", device=CPU)
@@ -123,11 +134,13 @@ def test_every_option_of_evaluate_does_something(
         assert main(arguments) == 0
         (path,) = set(tmp_path.rglob("*_videos.csv")) - before
         text = path.read_text()
-        path.unlink()
+        for written in path.parent.glob("*"):
+            written.unlink()
         return path, text
 
     assert scores(plain) == scores([*plain, "--batch-size", "16", "--decoder", "pyav"])
-    assert scores([*plain, *option]) != scores(plain)
+    index = int(option[0] == "--out")  # that one changes the place, the others what is there
+    assert scores([*plain, *option])[index - 1] != scores(plain)[index - 1]
 
 
 def test_a_decoder_asked_for_is_the_one_that_reads(

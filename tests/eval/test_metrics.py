@@ -42,6 +42,14 @@ def test_ties_earn_nothing() -> None:
     assert (metrics.top1, metrics.top5) == (0.0, 0.0)
 
 
+def test_broken_scores_are_no_score() -> None:
+    """Comparisons with nan are all false, which must not pass for a perfect rank."""
+    with pytest.raises(ValueError, match="Some scores are not finite"):
+        classification_metrics(np.full((4, 6), np.nan), labels=np.array([0, 1, 2, 3]))
+    with pytest.raises(ValueError, match="Some similarities are not finite"):
+        recall_at(torch.full((2, 3), torch.nan), text=torch.ones(2, 3), owners=torch.arange(2))
+
+
 def test_order_of_videos_does_not_matter() -> None:
     rng = np.random.default_rng(0)
     scores, labels, order = rng.normal(size=(30, 4)), rng.integers(0, 4, size=30), rng.permutation(30)

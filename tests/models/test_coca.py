@@ -142,13 +142,16 @@ def test_cascade_and_unit_length(model: CoCa, images: Tensor) -> None:
     torch.testing.assert_close(embedding, by_hand.float(), rtol=1e-5, atol=1e-6)
 
 
-def test_temperature_starts_at_007_and_is_bounded() -> None:
+def test_temperature_starts_at_007_and_is_bounded_but_not_stuck() -> None:
     model = CoCa(CoCaConfig.tiny())
     assert 1 / model.scale.item() == pytest.approx(0.07, rel=1e-6)
     assert model.log_scale.requires_grad
     with torch.no_grad():
         model.log_scale.fill_(50.0)
-    assert model.scale.item() == 100.0
+    model.bound_scale()
+    assert model.scale.item() == pytest.approx(100.0, rel=1e-5)
+    model.scale.backward()  # at the bound a gradient still leads away from it
+    assert model.log_scale.grad.item() == pytest.approx(100.0, rel=1e-5)
 
 
 def test_output_matrix_is_untied() -> None:
@@ -176,6 +179,14 @@ def test_encoder_equals_timm_by_hand() -> None:
     assert encoder.vit.head.__class__ is torch.nn.Identity
 
 
+@pytest.mark.parametrize(("width", "mlp_width"), [(56, 488), (1408, 480), (96, 384), (1408, 6144)])
+def test_mlp_width_is_kept(width: int, mlp_width: int) -> None:
+    """Through timm's ratio, 488 of 56 came out as 487."""
+    config = dataclasses.replace(VitConfig.tiny(), width=width, mlp_width=mlp_width, num_heads=8, depth=1)
+    with torch.device("meta"):
+        assert ImageEncoder(config).vit.blocks[0].mlp.fc1.out_features == mlp_width
+
+
 def test_encoder_by_timm_name() -> None:
     encoder = ImageEncoder(TimmVitConfig(name="vit_tiny_patch16_224", image_size=64))
     assert (encoder.width, encoder.num_heads) == (192, 3)
@@ -188,6 +199,7 @@ def test_encoder_by_timm_name() -> None:
     [
         (TimmVitConfig(name="vit_tiny_patch17_224"), "timm has no model named 'vit_tiny_patch17_224'"),
         (TimmVitConfig(name="resnet18"), "is not a VisionTransformer"),
+        (dataclasses.replace(VitConfig.tiny(), num_heads=5), "The heads must divide the width; got 5 heads and 96"),
         (
             dataclasses.replace(VitConfig.tiny(), image_size=50),
             "multiple of the patch size 8 px; got 50 px. Take 48 or 56",

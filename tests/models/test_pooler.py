@@ -115,7 +115,7 @@ def test_float64_outputs_and_all_gradients(masked: bool, trainable_tokens: bool,
         assert theirs_in.grad.abs().max() > 0 and largest_difference(ours_in.grad, theirs_in.grad) <= 1e-10
 
 
-@pytest.mark.parametrize("mean", [0.0, 30.0, 300.0, 1e4])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 30.0, 300.0, 1e4])
 @pytest.mark.parametrize("trainable_tokens", [False, True], ids=["frozen", "trainable"])
 def test_fp32_outputs_and_all_gradients_against_float64(mean: float, trainable_tokens: bool) -> None:
     """Against the float64 reference on the same fp32 tokens, also where their mean dwarfs their deviation."""
@@ -163,6 +163,17 @@ def test_bf16_tokens_within_bound(autocast: bool, mean: float, sharpness: float)
             folded = pooler(tokens)
     errors = [float((out.double() - exact).norm() / exact.norm()) for out in (folded, ordinary)]
     assert errors[0] <= 2 * errors[1] and errors[0] <= 0.02
+
+
+@pytest.mark.parametrize("num_queries", [1, 3])
+def test_a_pooler_of_bf16_weights(num_queries: int) -> None:
+    """As a model cast to bf16 calls it; the bound is what three roundings of bf16 leave."""
+    pooler = make_pooler(dtype=torch.float32, num_queries=num_queries)
+    tokens = make_tokens(dtype=torch.bfloat16)
+    exact = Reference(pooler.double())(tokens.double(), make_mask()).detach()
+    out = pooler.bfloat16()(tokens, mask=make_mask())
+    assert out.dtype == torch.bfloat16
+    assert float((out.detach().double() - exact).norm() / exact.norm()) <= 0.03
 
 
 def test_many_queries_equal_torch() -> None:

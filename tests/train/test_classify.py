@@ -111,7 +111,6 @@ def test_one_frame_is_the_middle_one(config: ProbeConfig) -> None:
         {"encoder": RandomEncoder(image=TimmVitConfig(name="vit_tiny_patch16_224", image_size=48))},
         {"loop": LoopConfig(steps=4, batch_size=8, log_every=1, seed=1)},
         {"loop": LoopConfig(steps=4, batch_size=4, log_every=1)},
-        {"loop": LoopConfig(steps=5, batch_size=8, log_every=1)},
         {"loop": LoopConfig(steps=4, batch_size=8, log_every=1, precision="bf16")},
         {"optim": OptimConfig(warmup_steps=3)},
         {"cache_tokens": False, "augment": True},
@@ -188,5 +187,36 @@ def test_another_test_manifest_keeps_the_order_of_classes(drawn_clips: Path, con
 def test_options_that_would_do_nothing_are_refused(config: ProbeConfig) -> None:
     with pytest.raises(ValueError, match="augment would do nothing"):
         replace(config, augment=True)
+    with pytest.raises(ValueError, match="--flip-probability does nothing without --augment"):
+        replace(config, flip_probability=0.1)
+    with pytest.raises(ValueError, match=r"--loop.evaluate-every does nothing without a test split"):
+        replace(config, clips=replace(config.clips, test_split=None), loop=replace(config.loop, evaluate_every=1))
+    with pytest.raises(ValueError, match=r"--label-smoothing must be at least 0 and below 1; got 1.5"):
+        replace(config, label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"--loop.log-every must be at least 1; got 0"):
         LoopConfig(log_every=0)
+    with pytest.raises(ValueError, match=r"--loop.evaluate-every must be at least 0; got -5"):
+        LoopConfig(evaluate_every=-5)
+
+
+def test_clips_without_labels_are_a_sentence(drawn_clips: Path, config: ProbeConfig) -> None:
+    manifest = read_manifest(drawn_clips)
+    rows = [replace(row, label=None if number == 3 else row.label) for number, row in enumerate(manifest.rows)]
+    path = config.out.parent / "unlabelled" / "manifest.csv"
+    write_manifest(path, rows=rows, classes=manifest.classes)
+    with pytest.raises(ValueError, match=rf"1 of 20 clips without a label, the first is '{rows[3].video_id}'"):
+        run_probe(replace(config, clips=replace(config.clips, train=path)))
+
+
+def test_other_data_is_another_run(drawn_clips: Path, config: ProbeConfig) -> None:
+    """A finished run does not answer for clips that it has not seen, though the path is the same."""
+    manifest = read_manifest(drawn_clips)
+    path = config.out.parent / "changing" / "manifest.csv"
+    config = replace(config, clips=replace(config.clips, train=path))
+    write_manifest(path, rows=manifest.rows, classes=manifest.classes)
+    run_probe(config)
+    shutil.rmtree(config.out / "checkpoints")  # to free the disk: the finished run is still the same one
+    run_probe(config)
+    write_manifest(path, rows=manifest.rows[1:], classes=manifest.classes)
+    with pytest.raises(ValueError, match=r"started with other settings .*train_fingerprint"):
+        run_probe(config)

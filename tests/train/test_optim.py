@@ -44,6 +44,22 @@ def test_first_update_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"learning_rate": math.nan}, "--optim.learning-rate must be above 0 and finite; got nan"),
+        ({"learning_rate": 0.0}, "--optim.learning-rate must be above 0 and finite; got 0.0"),
+        ({"weight_decay": -0.1}, "--optim.weight-decay must be 0 or more and finite; got -0.1"),
+        ({"beta2": 1.0}, "--optim.beta2 must be at least 0 and below 1; got 1.0"),
+        ({"warmup_steps": -1}, "--optim.warmup-steps must be 0 or more; got -1"),
+        ({"gradient_clip": 0.0}, "--optim.gradient-clip must be above 0; got 0.0"),
+    ],
+)
+def test_values_out_of_range_are_sentences(values: dict[str, float], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        OptimConfig(**values)
+
+
+@pytest.mark.parametrize(
     "changed", [{"beta1": 0.5}, {"beta2": 0.5}, {"weight_decay": 0.9}, {"gradient_clip": 0.1}, {"learning_rate": 0.3}]
 )
 def test_every_option_changes_the_weights(changed: dict[str, float]) -> None:

@@ -107,10 +107,14 @@ def test_a_given_tokenizer_is_used(config: PretrainConfig, tmp_path: Path) -> No
 
 def test_divergence_stops_with_a_sentence_and_keeps_no_broken_checkpoint(config: PretrainConfig) -> None:
     diverging = replace(config, optim=OptimConfig(learning_rate=1e30, warmup_steps=0, gradient_clip=1e9))
-    with pytest.raises(ValueError, match=r"became (nan|inf) shortly before step \d; .*Lower --optim.learning-rate"):
+    with pytest.raises(ValueError, match=r"became (nan|inf) shortly before step \d; .*a lower --optim.learning-rate"):
         run_pretraining(replace(diverging, loop=LoopConfig(steps=6, batch_size=8, log_every=2, checkpoint_every=1)))
 
 
 def test_weights_of_zero_are_refused(config: PretrainConfig) -> None:
     with pytest.raises(ValueError, match="Both loss weights are 0"):
         run_pretraining(replace(config, contrastive_weight=0.0, caption_weight=0.0))
+    with pytest.raises(ValueError, match=r"Loss weights must be 0 or more; got -1.0 and 2.0"):
+        run_pretraining(replace(config, contrastive_weight=-1.0))
+    with pytest.raises(ValueError, match=r"--loop.evaluate-every does nothing without --pairs.test"):
+        run_pretraining(replace(config, loop=replace(config.loop, evaluate_every=1)))

@@ -179,6 +179,28 @@ def test_ctrl_c_saves_and_the_same_run_goes_on(
     assert outcome(config.out) == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_sigterm_to_all_processes_saves(pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
+    """A scheduler ends a job by signalling the whole group, loader processes included."""
+    out = tmp_path / "run"
+    options = {"kind": "pretrain", "pictures": str(pictures), "clips": str(drawn_clips), "out": str(out)}
+    script = SCRIPT.format(tests=str(Path(__file__).parent), **options)
+    script = script.replace("run(make_config(", "run(long(make_config(").rstrip() + ")\n"
+    script = script.replace("import make_config, run", "import long, make_config, run")
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, start_new_session=True)
+    wait_for((out / "checkpoints" / "step-00000002").exists, process=process)
+    os.killpg(process.pid, signal.SIGTERM)
+    error = process.communicate(timeout=60)[1].decode()
+    assert "Stopped after step" in error, error
+    stopped_after = int(error.split("Stopped after step ")[1].split(",")[0])
+    assert Checkpoints(out / "checkpoints").newest() == out / "checkpoints" / f"step-{stopped_after:08d}"
+
+
+def long(config: Config) -> Config:
+    """The same with loader processes, and too many steps to come to an end."""
+    return replace(config, loop=replace(config.loop, steps=100_000, num_workers=2, evaluate_every=0))
+
+
 def test_other_settings_are_refused(pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     config = pretrain_config(pictures, out=tmp_path / "run")
     run(config)

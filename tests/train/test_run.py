@@ -1,5 +1,6 @@
 """The folder of a run: what belongs to other settings goes, what could not be read is kept once, whole files only."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +40,25 @@ def test_unreadable_samples_are_kept_once_over_starts(tmp_path: Path) -> None:
     assert again.unreadable == {"a": "x.mp4: cut, at\nthe end", "b": 'y "z".mp4: empty'}
     assert read_unreadable(tmp_path / "none.csv") == {}
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_a_damaged_checkpoint_names_itself_and_the_one_before_is_used(tmp_path: Path) -> None:
+    run = Run(tmp_path, config=CONFIG)
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, config=OptimConfig())
+    for step in (2, 4):
+        run.checkpoints.save(step, model=model, optimizer=optimizer, extra={})
+    newest = run.checkpoints.newest()
+    assert newest is not None
+    (shard,) = newest.glob("*.distcp")
+    shard.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"step-00000004 is damaged .*; delete that folder to go on"):
+        run.checkpoints.restore(model=model, optimizer=optimizer, extra={})
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"step-00000004 is damaged .*; delete that folder to go on"):
+        run.checkpoints.restore(model=model, optimizer=optimizer, extra={})
+    shutil.rmtree(newest)
+    assert run.checkpoints.restore(model=model, optimizer=optimizer, extra={}) == 2
 
 
 def test_only_the_two_newest_checkpoints_are_kept_and_a_partial_one_is_none(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def wants_help(arguments: Sequence[str]) -> bool:
 
 
 def print_config_help(*, verb: str, what: str) -> int:
-    """Help of a verb that takes a config file, without loading one; status 0 (asked for) or 2 (config missing)."""
+    """Help of a verb that takes a config file, without loading one; status 0."""
     found = sorted(path for root in _roots() for path in (root / "configs").glob(f"{verb}/*.py"))
     names = dict.fromkeys(f"configs/{verb}/{path.name}" for path in found)
     print(f"usage: coca-video {verb} CONFIG.py [--option VALUE ...]\n\n{what}\n\nConfigs here:")

@@ -91,7 +91,7 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
         )
     facts = {
         "model": str(options.model),
-        "data": str(options.data),
+        "data": str(options.data.resolve()),
         "split": options.split,
         "num_frames": num_frames,
         "precision": options.precision,
@@ -101,6 +101,7 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
 
 def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
     from coca_video.data.image_text import PairDataset, open_shards
+    from coca_video.eval.classification import free_name
     from coca_video.eval.retrieval import evaluate_retrieval
     from coca_video.models.coca import CoCa
     from coca_video.train.loop import pick_device, progress_bar
@@ -127,15 +128,15 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
         )
     folder = _result_folder(options)
     folder.mkdir(parents=True, exist_ok=True)
+    facts = {"model": str(options.model), "data": str(options.data.resolve()), "precision": options.precision}
     document = {
-        "model": str(options.model),
-        "data": str(options.data),
+        **facts,
         "num_images": result.num_images,
         "num_captions": result.num_captions,
         **result.metrics,
         "unreadable": {sample.key: sample.cause for sample in result.unreadable},
     }
-    path = folder / f"{_result_name(options)}.json"
+    path = folder / f"{free_name(folder, name=_result_name(options), facts=facts)}.json"
     path.write_text(json.dumps(document, indent=2) + "\n")
     print(f"{result.num_images} images, {result.num_captions} captions")
     for name, value in result.metrics.items():

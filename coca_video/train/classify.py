@@ -134,12 +134,14 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
         return ProbeResult(model_folder=run.model_folder, evaluation=evaluation, num_unreadable=len(run.unreadable))
     training, test_evaluation = _training(model, train=train, test=test, config=config, run=run, device=device)
     run_loop(training, config=config.loop, optim=config.optim, run=run)
+    model.eval()
     evaluation = None
     if test_evaluation is not None:
         # A run that was killed after its last checkpoint has no step left in which the loop would evaluate.
         result = test_evaluation.latest or test_evaluation.evaluate()
         run.note_unreadable(list(result.unreadable))
         facts = {"model": str(run.model_folder), "split": config.clips.test_split, "num_frames": config.num_frames}
+        result_file.unlink(missing_ok=True)  # of a start that was killed before it had written its model
         path = write_result(run.folder, name="test", result=result, facts=facts)
         evaluation = json.loads(path.read_text())
     save(run.model_folder, model=model, classes=train.classes)

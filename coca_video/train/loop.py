@@ -134,6 +134,7 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
                 optim=optim,
             )
             run.note_unreadable(unreadable)
+            window.failed.update(sample.key for sample in unreadable)
             _check_something_was_read(window, run=run, dataset_size=len(training.dataset))
             _after_step(training, done=step + 1, window=window, config=config, run=run, bar=bar, stop=stop_requested())
 
@@ -187,9 +188,11 @@ def _after_step(
 
 
 def _check_something_was_read(window: "_Window", *, run: Run, dataset_size: int) -> None:
-    if window.empty_steps and len(run.unreadable) >= dataset_size:
-        key, cause = next(iter(run.unreadable.items()))
-        raise ValueError(f"None of the {dataset_size} samples could be read; the first is {key} ({cause}).")
+    if window.empty_steps and len(window.failed) >= dataset_size:
+        key = min(window.failed)
+        raise ValueError(
+            f"None of the {dataset_size} samples could be read; the first is {key} ({run.unreadable[key]})."
+        )
 
 
 class _Window:
@@ -200,12 +203,15 @@ class _Window:
         self.samples = 0
         self.rate = 0.0
         self.empty_steps = 0
+        self.failed: set[str] = set()
         self.started = time.perf_counter()
 
     def add(self, values: dict[str, Sum], *, samples: int) -> None:
         self.samples += samples
         for name, value in values.items():
-            total = _detached(value.total)
+            total = value.total
+            if isinstance(total, Tensor):
+                total = total.detach() if total.device.type == "mps" else total.detach().double()  # MPS has no float64
             old = self.sums.get(name)
             self.sums[name] = (
                 Sum(total, value.count) if old is None else Sum(old.total + total, old.count + value.count)
@@ -237,13 +243,6 @@ class _Window:
     def load(self, dumped: str) -> None:
         sums = json.loads(dumped).items()
         self.sums = {name: Sum(total, count) for name, (total, count) in sums}
-
-
-def _detached(total: Tensor | float) -> Tensor | float:
-    """In float64, where the device has it, and without its graph."""
-    if not isinstance(total, Tensor) or total.device.type == "mps":
-        return total.detach() if isinstance(total, Tensor) else total
-    return total.detach().double()
 
 
 @contextmanager

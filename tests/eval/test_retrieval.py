@@ -43,5 +43,10 @@ def test_against_one_by_one(pictures: Path, tmp_path: Path, capsys: pytest.Captu
     for k, hit in hits.items():
         assert document[f"text_to_image_recall@{k}"] == pytest.approx(hit / 72)
     assert f"{document['image_to_text_recall@5']:.4f}" in capsys.readouterr().out
+    assert main(arguments) == 0 and len(list(path.parent.glob("*.json"))) == 1
+    assert main([*arguments, "--precision", "bf16"]) == 0  # another result: the first stays as it is
+    assert json.loads(path.read_text()) == document
+    assert sorted(other.name for other in path.parent.glob("*.json")) == [f"{path.stem}-2.json", path.name]
+    capsys.readouterr()
     assert main([*arguments, "--num-frames", "3"]) == 2
     assert "--num-frames is for clips" in capsys.readouterr().err

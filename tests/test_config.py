@@ -6,7 +6,7 @@ import pytest
 
 from coca_video.config import differing_fields, from_json, to_json
 from coca_video.models.coca import CoCaConfig
-from coca_video.models.image import TimmVitConfig, VitConfig
+from coca_video.models.image import TimmConfig, VitConfig
 from coca_video.models.video import VideoClassifierConfig
 
 
@@ -15,7 +15,7 @@ from coca_video.models.video import VideoClassifierConfig
     [
         CoCaConfig.tiny(),
         CoCaConfig.giant(),
-        VideoClassifierConfig(image=TimmVitConfig(name="vit_tiny_patch16_224"), num_classes=3, num_frames=2),
+        VideoClassifierConfig(image=TimmConfig(name="vit_tiny_patch16_224"), num_classes=3, num_frames=2),
         VideoClassifierConfig(image=VitConfig.tiny(), num_classes=3, num_frames=2),
     ],
 )
@@ -29,7 +29,7 @@ def test_union_members_carry_their_names() -> None:
 
 def test_what_does_not_fit_is_a_sentence() -> None:
     data = to_json(CoCaConfig.tiny())
-    with pytest.raises(ValueError, match=r"CoCaConfig.image: expected one of VitConfig, TimmVitConfig; got 'Other'"):
+    with pytest.raises(ValueError, match=r"CoCaConfig.image: expected one of VitConfig, TimmConfig; got 'Other'"):
         from_json(CoCaConfig, {**data, "image": {**data["image"], "type": "Other"}})
     with pytest.raises(ValueError, match=r"CoCaConfig has no field \['colour'\]"):
         from_json(CoCaConfig, {**data, "colour": 1})

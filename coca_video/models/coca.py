@@ -1,7 +1,8 @@
-"""CoCa (arXiv 2205.01917): image encoder, cascade of two attentional poolers, unimodal and multimodal text decoder."""
+"""CoCa (arXiv 2205.01917): image encoder, attentional poolers, unimodal and multimodal text decoder, vocabulary."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from coca_video.models.image import ImageConfig, ImageEncoder, VitConfig
 from coca_video.models.pooler import AttentionalPooler
 from coca_video.models.text import MultimodalDecoder, TextConfig, UnimodalDecoder
+from coca_video.models.vocabulary import TokenLoss, VocabularyProjection
 
 INITIAL_TEMPERATURE = 0.07  # CoCa section 3.2
 MAX_SCALE = 100.0  # 1 / temperature never grows past this: CLIP's bound, against a run-away softmax
@@ -18,11 +20,24 @@ MAX_SCALE = 100.0  # 1 / temperature never grows past this: CLIP's bound, agains
 
 @dataclass(frozen=True, kw_only=True)
 class CoCaConfig:
-    """Sizes of a CoCa. `num_queries` is the generative pooler's; the contrastive pooler has one."""
+    """Sizes and wiring of a CoCa."""
 
     image: ImageConfig
     text: TextConfig
     num_queries: int = 256
+    """Of the generative pooler; the contrastive pooler has one."""
+    poolers: Literal["cascade", "parallel", "open_clip"] = "cascade"
+    """The contrastive pooler attends over the generative pooler's output (the paper's default), or beside it over the
+    encoder's tokens (its ablation, Table 8f); or, as in open_clip's released weights, one pooler's first query is the
+    embedding and the others go to the decoder."""
+    pooler_heads: int | None = None
+    """Heads of both poolers; the text decoder's when None."""
+
+    def __post_init__(self) -> None:
+        if self.poolers == "open_clip" and self.num_queries < 2:
+            raise ValueError(
+                f"With poolers open_clip the first query is the embedding: it takes 2 or more; got {self.num_queries}."
+            )
 
     @classmethod
     def base(cls) -> "CoCaConfig":
@@ -63,30 +78,41 @@ class CoCaConfig:
         return cls(image=VitConfig.tiny(), text=text, num_queries=8)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CoCaOutput:
-    """What the losses need: unit-length embeddings, the scale of their similarities, logits for the next token."""
+class CoCaOutput(NamedTuple):
+    """What the losses need: unit-length embeddings, the scale of their similarities, the loss of the next tokens.
+
+    A NamedTuple, so that what wraps the model over ranks finds the tensors in it.
+    """
 
     image: Float[Tensor, "batch dim"]
     text: Float[Tensor, "batch dim"]
     scale: Float[Tensor, ""]
-    logits: Float[Tensor, "batch length vocabulary"]
+    caption: TokenLoss
 
 
 class CoCa(nn.Module):
-    """Contrastive captioner, wired as the paper's default: a cascade of the generative and the contrastive pooler."""
+    """Contrastive captioner: `encode_image`, `encode_text`, and both losses' inputs in one forward."""
 
     def __init__(self, config: CoCaConfig) -> None:
         super().__init__()
-        width, num_heads = config.text.width, config.text.num_heads
+        width = config.text.width
+        heads = config.text.num_heads if config.pooler_heads is None else config.pooler_heads
         self.config = config
         self.encoder = ImageEncoder(config.image)
         self.generative_pooler = AttentionalPooler(
-            width, num_heads=num_heads, num_queries=config.num_queries, context_dim=self.encoder.width
+            width, num_heads=heads, num_queries=config.num_queries, context_dim=self.encoder.width
         )
-        self.contrastive_pooler = AttentionalPooler(width, num_heads=num_heads, num_queries=1)
+        self.contrastive_pooler: AttentionalPooler | None = None
+        self.image_projection: nn.Linear | None = None
+        if config.poolers == "open_clip":
+            self.image_projection = nn.Linear(width, width, bias=False)
+            nn.init.normal_(self.image_projection.weight, std=width**-0.5)
+        else:
+            context_dim = width if config.poolers == "cascade" else self.encoder.width
+            self.contrastive_pooler = AttentionalPooler(width, num_heads=heads, num_queries=1, context_dim=context_dim)
         self.unimodal = UnimodalDecoder(config.text)
         self.multimodal = MultimodalDecoder(config.text)
+        self.vocabulary = VocabularyProjection(width, vocab_size=config.text.vocab_size)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(INITIAL_TEMPERATURE)))
 
     @property
@@ -103,16 +129,25 @@ class CoCa(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch queries dim"]]:
         """Normalised images to (unit-length embedding, image tokens for the multimodal decoder)."""
-        image_tokens = self.generative_pooler(self.encoder(images))
-        embedding = self.contrastive_pooler(image_tokens).squeeze(1)
-        return F.normalize(embedding.float(), dim=-1), image_tokens
+        return self.pool(self.encoder(images, prefix_tokens=self.config.poolers == "open_clip"))
+
+    def pool(
+        self, tokens: Float[Tensor, "batch tokens encoder_dim"]
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch queries dim"]]:
+        """The encoder's tokens, of one image or of several frames, to what `encode_image` gives."""
+        image_tokens = self.generative_pooler(tokens)
+        if self.image_projection is not None:  # open_clip
+            return _unit(self.image_projection(image_tokens[:, 0])), image_tokens[:, 1:]
+        assert self.contrastive_pooler is not None
+        embedding = self.contrastive_pooler(image_tokens if self.config.poolers == "cascade" else tokens)
+        return _unit(embedding.squeeze(1)), image_tokens
 
     def encode_text(
         self, tokens: Int[Tensor, "batch length"], *, mask: Bool[Tensor, "batch length"]
     ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch length dim"]]:
         """Tokens to (unit-length embedding, features for the multimodal decoder); `mask` is True for real tokens."""
         embedding, features = self.unimodal(tokens, mask=mask)
-        return F.normalize(embedding.float(), dim=-1), features
+        return _unit(embedding), features
 
     def forward(
         self,
@@ -120,22 +155,49 @@ class CoCa(nn.Module):
         *,
         tokens: Int[Tensor, "batch length"],
         mask: Bool[Tensor, "batch length"],
+        z_loss_weight: float = 0.0,
     ) -> CoCaOutput:
-        """One pass over images and their captions (pairs stand in the same row)."""
+        """One pass over images and their captions (pairs stand in the same row).
+
+        Padding is dropped by `mask`, and never by an id, before the vocabulary: position t predicts token t + 1 where
+        that is a real one.
+        """
         image, image_tokens = self.encode_image(images)
         text, features = self.encode_text(tokens, mask=mask)
-        logits = self.multimodal(features, image_tokens=image_tokens, mask=mask)
-        return CoCaOutput(image=image, text=text, scale=self.scale, logits=logits)
+        hidden = self.multimodal(features, image_tokens=image_tokens)
+        predicted = mask[:, 1:]
+        caption = self.vocabulary(
+            hidden[:, :-1][predicted], targets=tokens[:, 1:][predicted], z_loss_weight=z_loss_weight
+        )
+        return CoCaOutput(image=image, text=text, scale=self.scale, caption=caption)
+
+    def logits(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        *,
+        tokens: Int[Tensor, "batch length"],
+        mask: Bool[Tensor, "batch length"],
+    ) -> Float[Tensor, "batch length vocabulary"]:
+        """Whole logits, for looking at: those of position t are for token t + 1. Training never builds them."""
+        _, image_tokens = self.encode_image(images)
+        _, features = self.encode_text(tokens, mask=mask)
+        logits: Tensor = self.vocabulary.logits(self.multimodal(features, image_tokens=image_tokens))
+        return logits
+
+
+def _unit(embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch dim"]:
+    """At unit length, in fp32 at least: similarities are what the temperature multiplies."""
+    return F.normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)), dim=-1)
 
 
 def count_parameters(model: CoCa) -> dict[str, int]:
     """Parameters of the encoder, of the decoder (both halves) and of the poolers, which Table 1 does not list."""
 
-    def count(*modules: nn.Module) -> int:
-        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    def count(*modules: nn.Module | None) -> int:
+        return sum(p.numel() for module in modules if module is not None for p in module.parameters())
 
     return {
         "encoder": count(model.encoder),
-        "decoder": count(model.unimodal, model.multimodal),
-        "poolers": count(model.generative_pooler, model.contrastive_pooler),
+        "decoder": count(model.unimodal, model.multimodal, model.vocabulary),
+        "poolers": count(model.generative_pooler, model.contrastive_pooler, model.image_projection),
     }

@@ -1,21 +1,31 @@
-"""The image encoder: a timm VisionTransformer, by size or by timm's name; patch tokens out, no class token, no head."""
+"""The image encoder: a VisionTransformer by size, or any image model of timm by name; patch tokens out, no head."""
 
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, Literal
 
 import timm
 import torch
 from jaxtyping import Float
+from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 Triple = tuple[float, float, float]
+Interpolation = Literal["bilinear", "bicubic"]
+
+# What only classifies or pools, under the names that timm's models give it. (MobileNetV3's is in `drop_head`.)
+HEADS = ("head", "fc_norm", "attn_pool", "pre_logits")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VitConfig:
     """A VisionTransformer by size. Images are `image_size` px squares cut into `patch_size` px patches.
 
-    `mean` and `std` normalise RGB in [0, 1] and travel with the weights: an encoder sees pixels as in its training.
+    `mean` and `std` normalise RGB in [0, 1]; with `interpolation`, which resizes to `image_size`, they travel with the
+    weights: an encoder sees pixels as in its training. `pre_norm` is a norm before the first block (CLIP's), in place
+    of the patch projection's bias; `final_norm` the one after the last; `norm_eps` is of all norms.
     """
 
     width: int
@@ -24,8 +34,13 @@ class VitConfig:
     mlp_width: int
     image_size: int = 288
     patch_size: int = 18
+    class_token: bool = False
+    pre_norm: bool = False
+    final_norm: bool = True
+    norm_eps: float = 1e-6
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
+    interpolation: Interpolation = "bilinear"
 
     @classmethod
     def base(cls) -> "VitConfig":
@@ -49,74 +64,145 @@ class VitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimmVitConfig:
-    """A VisionTransformer under timm's name (`vit_small_patch16_224`), freshly initialised, at `image_size` px."""
+class TimmConfig:
+    """An image model under timm's name, at `image_size` px: a ViT (CLIP, SigLIP, DINOv3, PE) or a CNN.
+
+    A name may have a tag (`vit_base_patch16_siglip_224.webli`), or be a folder or repository of timm's layout
+    (`local-dir:/path`, `hf-hub:org/name`). Built from the config alone its weights are fresh:
+    `coca_video.load("timm:...")` gives the trained ones, and the normalisation that goes with them.
+    """
 
     name: str
     image_size: int = 224
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
+    interpolation: Interpolation = "bilinear"
 
 
-ImageConfig = VitConfig | TimmVitConfig
+ImageConfig = VitConfig | TimmConfig
 
 
 class ImageEncoder(nn.Module):
-    """Images to patch tokens. `width` is the tokens' dimension, `patch_size` in px, `config` what it was built from."""
+    """Images to patch tokens. `model` is timm's module, `width` the tokens' dimension, `config` what it was built from.
+
+    `num_heads` is that of the attention inside; for a model without one, what suits attention over its tokens.
+    """
 
     def __init__(self, config: ImageConfig) -> None:
         super().__init__()
         self.config = config
-        self.vit = _build_vit(config)
-        self.width: int = self.vit.embed_dim
-        self.num_heads: int = self.vit.blocks[0].attn.num_heads  # type: ignore[union-attr, assignment]
+        self.model: Any = _build_vit(config) if isinstance(config, VitConfig) else _build_timm(config)
+        self.width: int = self.model.num_features
+        self.num_heads = _num_heads(self.model, width=self.width)
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches dim"]:
-        """Normalised images at `config.image_size` to the tokens after the final norm, row by row of patches."""
-        tokens: Tensor = self.vit.forward_features(images)
-        return tokens
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], *, prefix_tokens: bool = False
+    ) -> Float[Tensor, "batch patches dim"]:
+        """Normalised images at `config.image_size` to the tokens that timm's `forward_features` gives, row by row.
 
-
-def _build_vit(config: ImageConfig) -> VisionTransformer:
-    """The timm module: no class token, no head, no pooling. ValueError for a name or a size that cannot be had."""
-    match config:
-        case VitConfig():
-            _check_patches(config.image_size, config.patch_size)
-            if config.depth < 1:
-                raise ValueError(f"An encoder needs a depth of at least 1; got {config.depth}.")
-            if config.width % config.num_heads:
-                raise ValueError(f"The heads must divide the width; got {config.num_heads} heads and {config.width}.")
-            return VisionTransformer(
-                img_size=config.image_size,
-                patch_size=config.patch_size,
-                embed_dim=config.width,
-                depth=config.depth,
-                num_heads=config.num_heads,
-                mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm cuts width * ratio: half keeps it exact
-                class_token=False,
-                global_pool="",
-                num_classes=0,
-            )
-        case TimmVitConfig():
-            return _build_named_vit(config)
+        Class and register tokens, where the model has them, are left out, or stand in front with `prefix_tokens`.
+        A CNN's tokens are the places of its last feature map.
+        """
+        features = self.model.forward_features(images)
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ValueError(_no_tokens(self.config))
+        if features.ndim == 4:
+            is_channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
+            return features.flatten(1, 2) if is_channels_last else features.flatten(2).transpose(1, 2)
+        return features if prefix_tokens else features[:, getattr(self.model, "num_prefix_tokens", 0) :]
 
 
-def _build_named_vit(config: TimmVitConfig) -> VisionTransformer:
-    if not timm.is_model(config.name):
-        near = ", ".join(timm.list_models(f"*{config.name.split('_')[0]}*")[:3])
-        raise ValueError(
-            f"timm has no model named {config.name!r}; expected a name such as {near or 'vit_base_patch16_224'}."
-        )
-    if not timm.models.is_model_in_modules(config.name, ["vision_transformer"]):
-        raise ValueError(
-            f"{config.name!r} is not a VisionTransformer of timm; expected a name such as vit_base_patch16_224."
-        )
-    vit = timm.create_model(
-        config.name, img_size=config.image_size, class_token=False, global_pool="", num_classes=0, reg_tokens=0
+def check_timm_name(name: str) -> None:
+    """ValueError, with near names, when timm knows no such architecture or no such tag of it."""
+    source, colon, place = name.partition(":")
+    if colon:
+        if source not in ("hf-hub", "local-dir") or not place:
+            raise ValueError(f"Expected a name of timm, hf-hub:org/name or local-dir:/path; got {name!r}.")
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        near = ", ".join(get_close_matches(architecture, timm.list_models(), n=3))
+        raise ValueError(f"timm has no model named {name!r}; expected a name such as {near or 'vit_base_patch16_224'}.")
+    known = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in known:
+        raise ValueError(f"timm has no weights named {name!r}; expected one of: {', '.join(known) or architecture}.")
+
+
+def drop_head(model: nn.Module, *, name: str) -> None:
+    """Takes from a timm model all that only classifies or pools, so that every parameter left has a part in the tokens.
+
+    ValueError for a model that cannot do without.
+    """
+    try:
+        model.reset_classifier(0, "")  # type: ignore[operator]
+    except AssertionError as error:  # timm's way to say that it pools by class token or average only
+        raise ValueError(f"{name} gives no patch tokens ({error}); expected a model such as a ViT or a CNN.") from error
+    for part in (*HEADS, *(("conv_head", "norm_head") if hasattr(model, "norm_head") else ())):
+        if isinstance(getattr(model, part, None), nn.Module):
+            setattr(model, part, nn.Identity())
+
+
+def _build_vit(config: VitConfig) -> Any:
+    """The timm module: no head, no pooling. ValueError for a size that cannot be had."""
+    _check_patches(config.image_size, config.patch_size)
+    if config.depth < 1:
+        raise ValueError(f"An encoder needs a depth of at least 1; got {config.depth}.")
+    if config.width % config.num_heads:
+        raise ValueError(f"The heads must divide the width; got {config.num_heads} heads and {config.width}.")
+    return VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=(config.mlp_width + 0.5) / config.width,  # timm cuts width * ratio: half keeps it exact
+        class_token=config.class_token,
+        pre_norm=config.pre_norm,
+        final_norm=config.final_norm,
+        norm_layer=partial(LayerNorm, eps=config.norm_eps),
+        global_pool="",
+        num_classes=0,
     )
-    assert isinstance(vit, VisionTransformer)
-    _check_patches(config.image_size, vit.patch_embed.patch_size[0])
-    return vit
+
+
+def _build_timm(config: TimmConfig) -> Any:
+    """The module of timm without its head, freshly initialised. ValueError for a name or a size that cannot be had."""
+    check_timm_name(config.name)
+    known = None if ":" in config.name else timm.get_pretrained_cfg(config.name)
+    try:
+        if known is not None and known.fixed_input_size:
+            model = timm.create_model(config.name, num_classes=0, img_size=config.image_size)
+        else:
+            model = timm.create_model(config.name, num_classes=0)
+            _resize(model, image_size=config.image_size)
+    except FileNotFoundError as error:
+        raise ValueError(f"{config.name} cannot be read: {str(error).splitlines()[0]}.") from error
+    drop_head(model, name=config.name)
+    if isinstance(getattr(model, "cls_token", None), nn.Parameter) and not hasattr(model, "num_prefix_tokens"):
+        raise ValueError(_no_tokens(config))  # its class token could not be told from its patches (VOLO, PiT)
+    if (patch_size := _patch_size(model)) is not None:
+        _check_patches(config.image_size, patch_size)
+    return model
+
+
+def _no_tokens(config: ImageConfig) -> str:
+    name = config.name if isinstance(config, TimmConfig) else "This encoder"
+    return f"{name} gives neither patch tokens nor one feature map; expected a model such as a ViT or a CNN."
+
+
+def _num_heads(model: Any, *, width: int) -> int:
+    """Those of a model's first attention, else the divisor of `width` that comes nearest to 64 dimensions a head."""
+    attention = getattr(next(iter(getattr(model, "blocks", ())), None), "attn", None)
+    num_heads = getattr(attention, "num_heads", None)
+    if isinstance(num_heads, int) and width % num_heads == 0:
+        return num_heads
+    return min((number for number in range(1, width + 1) if width % number == 0), key=lambda n: abs(n - width / 64))
+
+
+def _patch_size(model: Any) -> int | None:
+    """In px; None for a model that is not cut into patches."""
+    ratio = getattr(getattr(model, "patch_embed", None), "feat_ratio", None)
+    return None if ratio is None else int(ratio())
 
 
 def _check_patches(image_size: int, patch_size: int) -> None:
@@ -127,10 +213,26 @@ def _check_patches(image_size: int, patch_size: int) -> None:
         )
 
 
+def _resize(model: Any, *, image_size: int) -> None:
+    if hasattr(model, "set_input_size"):
+        if (patch_size := _patch_size(model)) is not None:
+            _check_patches(image_size, patch_size)
+        model.set_input_size(img_size=(image_size, image_size))
+    elif model.pretrained_cfg.get("fixed_input_size") and model.pretrained_cfg["input_size"][-1] != image_size:
+        name, size = model.pretrained_cfg["architecture"], model.pretrained_cfg["input_size"][-1]
+        raise ValueError(
+            f"timm cannot change the image size of {name} once it is built; take {size} px, got {image_size}."
+        )
+
+
 @torch.no_grad()
 def resize_encoder(encoder: ImageEncoder, *, image_size: int) -> None:
-    """Makes `encoder` take `image_size` px: its position embedding is resampled (bicubic, antialiased; timm's rule)."""
-    patch_size = encoder.vit.patch_embed.patch_size[0]
-    _check_patches(image_size, patch_size)
-    encoder.vit.set_input_size(img_size=(image_size, image_size))
+    """Makes `encoder` take `image_size` px.
+
+    A position embedding is resampled (bicubic, antialiased; timm's rule), rotary positions are those of the new grid,
+    a CNN takes any size as it is. ValueError for the few models of timm that are built for one size.
+    """
+    if image_size == encoder.config.image_size:
+        return
+    _resize(encoder.model, image_size=image_size)
     encoder.config = replace(encoder.config, image_size=image_size)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.sampling import sample_rng
-from coca_video.data.transforms import horizontal_flip, random_crop_box, resize_crop, square_crop_box
+from coca_video.data.transforms import Interpolation, horizontal_flip, random_crop_box, resize_crop, square_crop_box
 
 LOGGER = logging.getLogger(__name__)
 
@@ -90,6 +90,7 @@ class PairDataset:
         augment: bool,
         crop_scale: tuple[float, float] = (0.9, 1.0),
         flip_probability: float = 0.0,
+        interpolation: Interpolation = "bilinear",
         on_shard: Callable[[], object] | None = None,
     ) -> None:
         if image_size < 1:
@@ -100,7 +101,7 @@ class PairDataset:
             raise ValueError(f"flip_probability {flip_probability} has no effect without augment=True.")
         self.index = index_shards(shards, on_shard=on_shard)
         self._image_size, self._seed, self._augment = image_size, seed, augment
-        self._crop_scale, self._flip_probability = crop_scale, flip_probability
+        self._crop_scale, self._flip_probability, self._interpolation = crop_scale, flip_probability, interpolation
         self._files = _ShardFiles()
 
     def __len__(self) -> int:
@@ -144,11 +145,11 @@ class PairDataset:
             raise UnreadablePair(f"it has no image ({', '.join('.' + suffix for suffix in IMAGE_SUFFIXES)})")
         image = decode_image(encoded)
         height, width = image.shape[-2:]
-        if not self._augment:
-            return resize_crop(image, box=square_crop_box(height, width), size=self._image_size)
-        box = random_crop_box(height, width, rng=self._rng(key, purpose="crop"), scale=self._crop_scale)
-        image = resize_crop(image, box=box, size=self._image_size)
-        flip = self._rng(key, purpose="flip").random() < self._flip_probability
+        box = square_crop_box(height, width)
+        if self._augment:
+            box = random_crop_box(height, width, rng=self._rng(key, purpose="crop"), scale=self._crop_scale)
+        image = resize_crop(image, box=box, size=self._image_size, interpolation=self._interpolation)
+        flip = self._augment and self._rng(key, purpose="flip").random() < self._flip_probability
         return horizontal_flip(image) if flip else image
 
     def _member(self, index: int, *, member: int) -> bytes | None:

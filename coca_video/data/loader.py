@@ -32,6 +32,17 @@ class SampleKey(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody calls on a key
 
 
+class Share(NamedTuple):
+    """One of `count` contiguous parts of every step's samples, as even as can be: what one of several ranks reads."""
+
+    number: int = 0
+    count: int = 1  # type: ignore[assignment]  # hides tuple.count, which nobody calls on a share
+
+    def of(self, keys: list[SampleKey]) -> list[SampleKey]:
+        """This part of `keys`; the parts one after the other are `keys`."""
+        return keys[len(keys) * self.number // self.count : len(keys) * (self.number + 1) // self.count]
+
+
 class Unreadable(NamedTuple):
     """What a data set returns in place of a sample that it cannot read: its name and the cause, for the report."""
 
@@ -135,15 +146,21 @@ def batches(
     last_step: int,
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
+    share: Share = Share(),  # noqa: B008, it cannot be changed
 ) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
-    """Yields one (batch, unreadable samples) for each step in [first_step, last_step).
+    """Yields one (batch, unreadable samples) for each step in [first_step, last_step), or the `share` of each.
 
     The result is the same for any number of `workers` (0: in this process). `collate` gets only the readable samples;
     the batch is None where a step has none. No global random state is read or written.
     """
+    if not 0 <= share.number < share.count <= order.batch_size:
+        raise ValueError(
+            f"A batch of {order.batch_size} has no part {share.number} of {share.count}; "
+            "take a larger batch or fewer ranks."
+        )
     if not 0 <= first_step <= last_step:
         raise ValueError(f"Steps must satisfy 0 <= first_step <= last_step, got {first_step} and {last_step}.")
-    steps = _KeyBatches(order=order, first_step=first_step, last_step=last_step)
+    steps = _KeyBatches(order=order, first_step=first_step, last_step=last_step, share=share)
     return _load(dataset, key_batches=steps, workers=workers, collate=collate)
 
 
@@ -171,9 +188,10 @@ class _KeyBatches:
     order: Order
     first_step: int
     last_step: int
+    share: Share
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        return (self.order.batch(step) for step in range(self.first_step, self.last_step))
+        return (self.share.of(self.order.batch(step)) for step in range(self.first_step, self.last_step))
 
     def __len__(self) -> int:
         return self.last_step - self.first_step

@@ -5,7 +5,7 @@ Clips and single pictures go through the same functions: all leading dimensions 
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 NUM_TRIES = 10  # boxes drawn before the central one is taken: torchvision's number
 
@@ -61,14 +63,15 @@ def random_crop_box(
 
 
 def resize_crop(
-    frames: UInt8[Tensor, "*batch 3 height width"], *, box: Box, size: int
+    frames: UInt8[Tensor, "*batch 3 height width"], *, box: Box, size: int, interpolation: Interpolation = "bilinear"
 ) -> UInt8[Tensor, "*batch 3 size size"]:
-    """The box of every frame, resized to size x size (bilinear with antialiasing; a box not square is stretched)."""
+    """The box of every frame, resized to size x size with antialiasing (a box that is not square is stretched)."""
     height, width = frames.shape[-2:]
     if box.top < 0 or box.left < 0 or box.top + box.height > height or box.left + box.width > width:
         raise ValueError(f"expected a box within the frame of {height} x {width}, got {box}")
+    mode = InterpolationMode(interpolation)
     resized: Tensor = F.resized_crop(
-        frames, box.top, box.left, box.height, box.width, [size, size], InterpolationMode.BILINEAR, antialias=True
+        frames, box.top, box.left, box.height, box.width, [size, size], mode, antialias=True
     )
     return resized
 

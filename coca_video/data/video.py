@@ -13,7 +13,7 @@ from coca_video.data.decode import Backend, UnreadableVideo, open_video
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.manifest import Manifest
 from coca_video.data.sampling import frame_window, sample_rng, uniform_indices
-from coca_video.data.transforms import horizontal_flip, random_crop_box, resize_crop, square_crop_box
+from coca_video.data.transforms import Interpolation, horizontal_flip, random_crop_box, resize_crop, square_crop_box
 
 NO_LABEL = -1
 
@@ -29,6 +29,7 @@ class ClipConfig:
 
     num_frames: int = 16
     image_size: int = 224
+    interpolation: Interpolation = "bilinear"
     decoder: Backend = "auto"
     augment: bool = False
     crop_scale: tuple[float, float] = (0.5, 1.0)
@@ -143,11 +144,11 @@ def _crop(
     frames: UInt8[Tensor, "frames 3 height width"], *, config: ClipConfig, seed: int, key: SampleKey
 ) -> UInt8[Tensor, "frames 3 size size"]:
     height, width = frames.shape[-2:]
-    if not config.augment:
-        return resize_crop(frames, box=square_crop_box(height, width), size=config.image_size)
-    box = random_crop_box(height, width, rng=_rng(seed, key=key, purpose="crop"), scale=config.crop_scale)
-    frames = resize_crop(frames, box=box, size=config.image_size)
-    if _rng(seed, key=key, purpose="flip").random() < config.flip_probability:
+    box = square_crop_box(height, width)
+    if config.augment:
+        box = random_crop_box(height, width, rng=_rng(seed, key=key, purpose="crop"), scale=config.crop_scale)
+    frames = resize_crop(frames, box=box, size=config.image_size, interpolation=config.interpolation)
+    if config.augment and _rng(seed, key=key, purpose="flip").random() < config.flip_probability:
         frames = horizontal_flip(frames)
     return frames
 

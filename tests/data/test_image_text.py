@@ -202,6 +202,18 @@ def test_flips_are_drawn_with_their_probability(tmp_path: Path) -> None:
     assert 30 <= equal.count(False) <= 70  # 50 expected, standard deviation 6
 
 
+def test_interpolation_of_the_resize(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.tar", pairs=made_pairs(0, 1))
+    options = {"image_size": 16, "seed": 0, "augment": False}
+    bilinear = readable(PairDataset([tmp_path / "0.tar"], **options)[SampleKey(0, 0)]).image
+    bicubic = readable(PairDataset([tmp_path / "0.tar"], **options, interpolation="bicubic")[SampleKey(0, 0)]).image
+    source = torchvision_pixels(jpeg(0))
+    side = min(source.shape[-2:])
+    box = Box((source.shape[-2] - side) // 2, (source.shape[-1] - side) // 2, side, side)
+    assert torch.equal(bicubic, resize_crop(source, box=box, size=16, interpolation="bicubic"))
+    assert not torch.equal(bicubic, bilinear)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_through_the_loader(tmp_path: Path, workers: int) -> None:
     dataset = pairs_of(made_shards(tmp_path), augment=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from coca_video.data.loader import Order, SampleKey, Unreadable, batches, in_order, keyed_permutation
+from coca_video.data.loader import Order, SampleKey, Share, Unreadable, batches, in_order, keyed_permutation
 
 GOLDEN = [SampleKey(0, 657), SampleKey(0, 461), SampleKey(0, 70), SampleKey(0, 645)]
 
@@ -113,6 +113,20 @@ def test_starting_late_equals_the_tail() -> None:
         assert collect(order, first_step=first, last_step=9, workers=0) == whole[first:]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 6])
+def test_shares_of_a_step_make_up_the_step(count: int) -> None:
+    """For any number of ranks the same samples in the same order, each by one of them."""
+    order = Order(num_samples=20, batch_size=6, seed=1)
+    options = {"order": order, "first_step": 2, "last_step": 6, "workers": 0, "collate": list}
+    whole = [([] if batch is None else batch, names) for batch, names in batches(Squares(), **options)]
+    shares = [list(batches(Squares(), share=Share(number, count), **options)) for number in range(count)]
+    for step, (batch, names) in enumerate(whole):
+        assert [sample for share in shares for sample in share[step][0] or []] == batch
+        assert [name for share in shares for name in share[step][1]] == names
+    sizes = [len(Share(number, count).of(order.batch(0))) for number in range(count)]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == 6
+
+
 def test_a_step_without_readable_samples_is_none() -> None:
     steps = list(in_order(Squares(), num_samples=8, batch_size=1, workers=0, collate=list))
     assert steps[0] == (None, [Unreadable(key="sample 0", cause="divisible by 7")])
@@ -147,5 +161,7 @@ def test_wrong_numbers_are_sentences() -> None:
         batches(Squares(), order=order, first_step=3, last_step=2, workers=0, collate=list)
     with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
         batches(Squares(), order=order, first_step=0, last_step=2, workers=-1, collate=list)
+    with pytest.raises(ValueError, match="A batch of 2 has no part 2 of 3; take a larger batch or fewer ranks"):
+        batches(Squares(), order=order, first_step=0, last_step=2, workers=0, collate=list, share=Share(2, 3))
     with pytest.raises(ValueError, match="count from 0, got -1"):
         order.batch(-1)

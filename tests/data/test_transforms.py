@@ -95,6 +95,15 @@ def test_resize_crop_is_torchvisions(shape: tuple[int, ...], size: int) -> None:
     assert torch.equal(out, v2.Resize((size, size), antialias=True)(cut))
 
 
+def test_bicubic_resizing_is_torchvisions() -> None:
+    frames, box = pictures(3, 50, 70), Box(top=5, left=11, height=40, width=40)
+    cut = v2.functional.crop(frames, 5, 11, 40, 40)
+    resize = v2.Resize((24, 24), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    out = resize_crop(frames, box=box, size=24, interpolation="bicubic")
+    assert torch.equal(out, resize(cut))
+    assert not torch.equal(out, resize_crop(frames, box=box, size=24))
+
+
 def test_resize_crop_against_floating_point() -> None:
     frames = pictures(2, 3, 60, 90)
     out = resize_crop(frames, box=Box(top=3, left=8, height=50, width=64), size=24)

@@ -11,7 +11,7 @@ from coca_video.data.decode import UnreadableVideo, open_video, write_video
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.manifest import Manifest, VideoRow
 from coca_video.data.sampling import sample_rng, uniform_indices
-from coca_video.data.transforms import random_crop_box, resize_crop
+from coca_video.data.transforms import random_crop_box, resize_crop, square_crop_box
 from coca_video.data.video import Clip, ClipConfig, VideoDataset, collate_clips, load_clip
 
 NUM_FRAMES, HEIGHT, WIDTH = 60, 64, 64
@@ -63,6 +63,17 @@ def dataset(path: Path, *, seed: int = 0, copies: int = 1, row: dict[str, object
     )
     manifest = Manifest(source=path, rows=rows, classes=("one", "two"))
     return VideoDataset(manifest, config=ClipConfig(**{"num_frames": 8, "image_size": 64} | config), seed=seed)
+
+
+def test_interpolation_of_the_resize(wide_path: Path) -> None:
+    frames = dataset(wide_path, num_frames=3, image_size=24, interpolation="bicubic")[FIRST].frames
+    bilinear = dataset(wide_path, num_frames=3, image_size=24)[FIRST]
+    with open_video(wide_path) as reader:
+        indices = [int(np.abs(reader.times_seconds - t).argmin()) for t in bilinear.times_seconds]
+        decoded = reader.frames(indices)
+    box = square_crop_box(*decoded.shape[-2:])
+    assert torch.equal(frames, resize_crop(decoded, box=box, size=24, interpolation="bicubic"))
+    assert not torch.equal(frames, bilinear.frames)
 
 
 def test_frames_label_id_and_times(video_path: Path) -> None:

@@ -1,0 +1,121 @@
+"""The whole CoCa trained on two ranks, under DDP and under FSDP2, against one process with the same global batch."""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from coca_video.distributed import Strategy, forget_gathered_weights, parallelize, rank, whole_model, world_size
+from coca_video.losses import contrastive_loss, global_mean
+from coca_video.models.coca import CoCa, CoCaConfig
+from tests.ranks import on_ranks
+
+Optimizer = Literal["sgd", "adamw"]
+
+# Five pairs a step: rank 0 has three of them, rank 1 two with shorter captions, one of which has nothing to predict.
+CAPTION_LENGTHS = ((9, 4, 7, 3, 1), (2, 6, 5, 12, 8), (3, 3, 3, 5, 2))  # of three steps
+RUNS: tuple[tuple[Optimizer, int], ...] = (("sgd", 1), ("adamw", 3))
+METHODS = ("encode_image", "encode_text", "logits")
+
+
+def coca_batches(rows: slice) -> Iterator[dict[str, Tensor]]:
+    """Those rows of each step's batch, padded to the longest caption among them."""
+    generator = torch.Generator().manual_seed(7)
+    for lengths in CAPTION_LENGTHS:
+        images = torch.randn(5, 3, 48, 48, generator=generator)
+        tokens = torch.randint(0, 512, (5, max(lengths)), generator=generator)
+        longest = max(lengths[rows])
+        mask = torch.arange(longest) < torch.tensor(lengths[rows]).unsqueeze(1)
+        yield {"images": images[rows], "tokens": tokens[rows, :longest], "mask": mask}
+
+
+def own_rows() -> slice:
+    return slice(0, 5) if world_size() == 1 else (slice(0, 3), slice(3, 5))[rank()]
+
+
+def coca_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """CoCa Eq. 4, with the weights of the paper."""
+    out = model(batch["images"], tokens=batch["tokens"], mask=batch["mask"], z_loss_weight=1e-4)
+    caption = global_mean(out.caption.loss_sum, count=out.caption.count)
+    return contrastive_loss(out.image, text=out.text, scale=out.scale) + 2.0 * caption
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def train_coca(strategy: Strategy, *, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+    """Losses, gradient norms, weights and what the methods give, after a few steps; runs on ranks or in one process."""
+    torch.manual_seed(rank())  # other ranks' own weights must not matter
+    model = CoCa(CoCaConfig.tiny())
+    model.encoder.model.patch_embed.requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    to_call = parallelize(model, strategy=strategy, methods=METHODS)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    update = (
+        torch.optim.SGD(trainable, lr=0.3)
+        if optimizer == "sgd"
+        else torch.optim.AdamW(trainable, lr=1e-3, eps=1e-4, foreach=True)
+    )
+    losses, norms = [], []
+    for batch, _ in zip(coca_batches(own_rows()), range(steps), strict=False):
+        loss = coca_loss(to_call, batch)
+        update.zero_grad()
+        loss.backward()
+        norms.append(whole(nn.utils.clip_grad_norm_(trainable, 1e9)))
+        update.step()
+        losses.append(loss.detach())
+    model.eval()
+    with torch.no_grad():
+        # From outside, in another order than forward's, and one method that calls others.
+        batch = next(coca_batches(slice(0, 5)))
+        text, _ = model.encode_text(batch["tokens"], mask=batch["mask"])
+        logits = model.logits(batch["images"], tokens=batch["tokens"], mask=batch["mask"])
+        image, _ = model.encode_image(batch["images"])
+    forget_gathered_weights(model)
+    weights = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    shards = {name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)}
+    outputs = {"text": text, "image": image, "logits": logits}
+    copy = whole_model(model, fresh=lambda: CoCa(CoCaConfig.tiny()))
+    assert (copy is model) == (not shards)
+    return {
+        "copy": {name: parameter.detach() for name, parameter in copy.named_parameters()},
+        "losses": losses,
+        "norms": norms,
+        "weights": weights,
+        "outputs": outputs,
+        "shards": shards,
+        "before": before,
+    }
+
+
+def train_all() -> list[dict[str, Any]]:
+    """Both strategies with both optimizers; runs on ranks."""
+    return [
+        train_coca(strategy, optimizer=optimizer, steps=steps)
+        for strategy in ("ddp", "fsdp2")
+        for optimizer, steps in RUNS
+    ]
+
+
+@pytest.mark.slow
+def test_coca_on_two_ranks_equals_one_process() -> None:
+    ranks = on_ranks(train_all)
+    alone = [train_coca("ddp", optimizer=optimizer, steps=steps) for optimizer, steps in RUNS] * 2
+    for run, (reference, *results) in enumerate(zip(alone, *ranks, strict=True)):
+        strategy = ("ddp", "fsdp2")[run // 2]
+        moved = {name: (reference["before"][name] - w).abs().max() for name, w in reference["weights"].items()}
+        assert sum(change > 1e-4 for change in moved.values()) > 0.8 * len(moved)
+        for index, loss in enumerate(reference["losses"]):
+            mean = sum(result["losses"][index] for result in results) / 2
+            torch.testing.assert_close(mean, loss, rtol=1e-5, atol=0)
+        for result in results:
+            torch.testing.assert_close(result["norms"], reference["norms"], rtol=1e-4, atol=0)
+            torch.testing.assert_close(result["weights"], reference["weights"], rtol=0, atol=1e-5)
+            torch.testing.assert_close(result["copy"], result["weights"], rtol=0, atol=0)
+            torch.testing.assert_close(result["outputs"], reference["outputs"], rtol=0, atol=1e-4)
+            # FSDP2 shards all but the scalar.
+            assert result["shards"] == (set(moved) - {"log_scale"} if strategy == "fsdp2" else set())

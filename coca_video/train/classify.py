@@ -1,6 +1,7 @@
 """The probe: a frozen image encoder, ONE learned query over the tokens of all frames, softmax (CoCa section 3.3)."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -14,22 +15,24 @@ from coca_video.data.manifest import Manifest, read_manifest
 from coca_video.data.video import ClipConfig, VideoDataset, collate_clips
 from coca_video.eval.classification import ClassificationResult, evaluate_clips, evaluate_tokens, write_result
 from coca_video.eval.features import TokenDataset, collate_tokens, encode_batch, encode_clips
-from coca_video.hub import fingerprint, load, save
+from coca_video.hub import Saved, fingerprint, load, save
 from coca_video.losses import classification_loss
-from coca_video.models.image import ImageConfig, ImageEncoder, resize_encoder
+from coca_video.models.image import ImageConfig, resize_encoder
 from coca_video.models.video import VideoClassifier, VideoClassifierConfig
-from coca_video.train.loop import Device, LoopConfig, Sum, Training, pick_device, progress_bar, run_loop
+from coca_video.train.loop import Device, LoopConfig, Training, pick_device, progress_bar, run_loop
 from coca_video.train.optim import OptimConfig, build_optimizer, update
 from coca_video.train.run import Run
+from coca_video.train.window import Sum
 
 MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainedEncoder:
-    """The image encoder of a finished run, or of a model folder."""
+    """An image encoder with its weights."""
 
-    path: Path
+    model: str
+    """A finished run or a model folder, hf:ORG/NAME, open_clip:NAME/TAG or open_clip:FILE, timm:NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +124,12 @@ def probe_step(
 
 def run_probe(config: ProbeConfig) -> ProbeResult:
     """Trains, evaluates on the test split, writes the classifier. Goes on where `out` stopped."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("A probe trains in one process for now, and torchrun started several; start it without.")
     device = pick_device(config.device)
     train, test = read_splits(config.clips)
-    model = build_classifier(config, num_classes=len(train.classes)).to(device)
+    pretrained = load_pretrained(config.encoder)
+    model = build_classifier(config, num_classes=len(train.classes), pretrained=pretrained).to(device)
     identity = {"encoder_fingerprint": fingerprint(model.encoder), "train_fingerprint": train.fingerprint()}
     if test is not None:
         identity["test_fingerprint"] = test.fingerprint()
@@ -140,11 +146,17 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
         # A run that was killed after its last checkpoint has no step left in which the loop would evaluate.
         result = test_evaluation.latest or test_evaluation.evaluate()
         run.note_unreadable(list(result.unreadable))
-        facts = {"model": str(run.model_folder), "split": config.clips.test_split, "num_frames": config.num_frames}
+        facts = {
+            "model": str(run.model_folder),
+            "data": str((config.clips.test or config.clips.train).resolve()),
+            "split": config.clips.test_split,
+            "num_frames": config.num_frames,
+        }
         result_file.unlink(missing_ok=True)  # of a start that was killed before it had written its model
         path = write_result(run.folder, name="test", result=result, facts=facts)
         evaluation = json.loads(path.read_text())
-    save(run.model_folder, model=model, classes=train.classes)
+    license, source = (None, None) if pretrained is None else (pretrained.license, pretrained.source)
+    save(run.model_folder, model=model, classes=train.classes, license=license, source=source)
     return ProbeResult(model_folder=run.model_folder, evaluation=evaluation, num_unreadable=len(run.unreadable))
 
 
@@ -163,28 +175,35 @@ def read_splits(clips: ClipsConfig) -> tuple[Manifest, Manifest | None]:
     return train, test
 
 
-def build_classifier(config: ProbeConfig, *, num_classes: int) -> VideoClassifier:
-    """A classifier with a fresh head on the config's encoder, which is frozen and at the config's image size."""
-    image, source = _source(config.encoder)
+def load_pretrained(encoder: PretrainedEncoder | RandomEncoder) -> Saved | None:
+    """The model that the encoder comes from; None for a random one."""
+    match encoder:
+        case PretrainedEncoder(model=source):
+            return load(source)
+        case RandomEncoder():
+            return None
+
+
+def build_classifier(config: ProbeConfig, *, num_classes: int, pretrained: Saved | None = None) -> VideoClassifier:
+    """A classifier with a fresh head on the config's encoder, which is frozen and at the config's image size.
+
+    `pretrained` is what `load_pretrained(config.encoder)` gives, where it is at hand.
+    """
+    pretrained = load_pretrained(config.encoder) if pretrained is None else pretrained
+    if pretrained is not None:
+        image = pretrained.encoder.config
+    else:
+        assert isinstance(config.encoder, RandomEncoder)
+        image = config.encoder.image
     torch.manual_seed(config.loop.seed)
     model = VideoClassifier(VideoClassifierConfig(image=image, num_classes=num_classes, num_frames=config.num_frames))
-    if source is not None:
-        model.encoder.load_state_dict(source.state_dict())
+    if pretrained is not None:
+        model.encoder.load_state_dict(pretrained.encoder.state_dict())
     if config.image_size is not None and config.image_size != image.image_size:
         resize_encoder(model.encoder, image_size=config.image_size)
         model.config = replace(model.config, image=model.encoder.config)
     model.encoder.requires_grad_(False)
     return model
-
-
-def _source(encoder: PretrainedEncoder | RandomEncoder) -> tuple[ImageConfig, ImageEncoder | None]:
-    """What the encoder is built from, and whose weights it gets (None: fresh ones)."""
-    match encoder:
-        case PretrainedEncoder(path=path):
-            source = load(path).model.encoder
-            return source.config, source
-        case RandomEncoder(image=image):
-            return image, None
 
 
 @dataclass(kw_only=True)
@@ -264,6 +283,7 @@ def _clips(manifest: Manifest, *, config: ProbeConfig, model: VideoClassifier, a
     clip = ClipConfig(
         num_frames=config.num_frames,
         image_size=model.config.image.image_size,
+        interpolation=model.config.image.interpolation,
         decoder=config.clips.decoder,
         augment=augment,
         crop_scale=(config.min_crop_area, 1.0),

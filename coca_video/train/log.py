@@ -1,7 +1,13 @@
-"""The log of a run: one JSON line a record, and the curves drawn from it."""
+"""The log of a run: one JSON line a record, the same for TensorBoard, and the curves drawn from it."""
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from coca_video.distributed import is_main
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Record = dict[str, float | int | str]
 KEYS = ("kind", "step")
@@ -9,15 +15,30 @@ KINDS = (("train", "tab:blue", ""), ("evaluation", "tab:orange", "o"))
 
 
 class RunLog:
-    """`metrics.jsonl`: records with "kind" (train, evaluation) and "step" = updates done. Every write is flushed."""
+    """`metrics.jsonl`: records with "kind" (train, evaluation) and "step" = updates done. Every write is flushed.
+
+    The folder `tensorboard/` beside it shows the same records as "train/loss", "evaluation/top1". Each start of a run
+    adds an event file there, which tells viewers to forget the steps that are done again.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.tensorboard = path.parent / "tensorboard"
+        self._events: SummaryWriter | None = None
+        self._purge_step: int | None = None
 
     def write(self, kind: str, *, step: int, values: dict[str, float]) -> None:
-        """Appends one record."""
+        """Appends one record, on rank 0; the others write nothing."""
+        if not is_main():
+            return
+        record: Record = {"kind": kind, "step": step, **values}
         with self.path.open("a") as file:
-            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            file.write(json.dumps(record) + "\n")
+        if self._events is None:
+            self._events = _event_writer(self.tensorboard, purge_step=self._purge_step)
+        for name, value in values.items():
+            self._events.add_scalar(f"{kind}/{name}", value, global_step=step)
+        self._events.flush()
 
     def records(self) -> list[Record]:
         """All records in order; a last line cut by a kill is dropped."""
@@ -27,11 +48,35 @@ class RunLog:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def truncate_after(self, step: int) -> None:
-        """Forgets what was logged past `step`: the steps that a resumed run will do again."""
+        """Forgets what was logged past `step`: the steps that a resumed run will do again. Rank 0 does it."""
+        if not is_main():
+            return
         kept = [record for record in self.records() if int(record["step"]) <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
         partial.replace(self.path)
+        self.close()
+        self._purge_step = step + 1
+
+    def remove(self) -> None:
+        """Removes all records."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+        for path in self.tensorboard.glob("events.out.tfevents.*"):
+            path.unlink()
+
+    def close(self) -> None:
+        """Closes the event file; a later write opens another."""
+        if self._events is not None:
+            self._events.close()
+            self._events, self._purge_step = None, None
+
+
+def _event_writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":
+    """A new event file; viewers drop what older files show from `purge_step` on."""
+    from torch.utils.tensorboard import SummaryWriter  # here: nothing else needs TensorBoard
+
+    return SummaryWriter(str(folder), purge_step=purge_step)
 
 
 def draw_curves(records: list[Record], *, path: Path) -> None:

@@ -1,26 +1,34 @@
 """The one training loop: batches in order, a step, a log line, a checkpoint; stops and resumes at any update."""
 
-import json
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from coca_video.data.loader import Order, batches
-from coca_video.train.optim import OptimConfig, learning_rate
+from coca_video.data.loader import Order, Share, Unreadable, batches
+from coca_video.distributed import (
+    Strategy,
+    any_rank,
+    forget_gathered_weights,
+    gather_objects,
+    is_main,
+    rank,
+    world_size,
+)
+from coca_video.train.ema import WeightAverage
+from coca_video.train.optim import OptimConfig, learning_rate, set_learning_rate
+from coca_video.train.precision import Precision
 from coca_video.train.run import Run
+from coca_video.train.window import Sum, Window
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +38,7 @@ class LoopConfig:
     steps: int = 1000
     """Updates in all."""
     batch_size: int = 64
-    """Samples an update."""
+    """Samples an update, of all ranks together."""
     seed: int = 0
     """Of initial weights, order, captions, crops, flips and frames."""
     precision: Precision = "fp32"
@@ -42,7 +50,9 @@ class LoopConfig:
     evaluate_every: int = 0
     """Updates between evaluations; 0 evaluates at the end only."""
     num_workers: int = 0
-    """Processes that read data; changes no number."""
+    """Processes that read data, on each rank; changes no number."""
+    strategy: Strategy = "ddp"
+    """Over several ranks (torchrun): ddp keeps all weights on each, fsdp2 shards them."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -57,14 +67,6 @@ class LoopConfig:
                 raise ValueError(
                     f"--loop.{name.replace('_', '-')} must be at least {least}; got {getattr(self, name)}."
                 )
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A value summed over `count` things; its mean over steps is the sum of totals over the sum of counts."""
-
-    total: Tensor | float
-    count: Tensor | int
 
 
 class Stopped(KeyboardInterrupt):
@@ -100,15 +102,21 @@ def pick_device(device: Device) -> torch.device:
 def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run: Run) -> None:
     """Trains to `config.steps` updates from the newest checkpoint of `run`. Raises `Stopped` after an asked stop.
 
+    Over several ranks each reads its share of every batch; a step of which some rank can read nothing is left out by
+    all of them. Rank 0 alone writes.
+
+    With `optim.ema_decay` the averaged weights are evaluated, and are what `training.model` holds at the end; the
+    latest ones stay in the checkpoints.
+
     Everything random comes from (seed, step) or (seed, epoch, sample), so that a resumed run is bit-equal to one that
     never stopped (on a GPU: with deterministic algorithms on).
     """
-    window = _Window()
-    extra = {"window": window.dump()}
-    first = run.checkpoints.restore(model=training.model, optimizer=training.optimizer, extra=extra)
-    window.load(extra["window"])
-    run.log.truncate_after(first)
+    window = Window()
+    average = _weight_average(training.model, decay=optim.ema_decay)
+    first = _restore(training, average=average, window=window, run=run)
     order = Order(num_samples=len(training.dataset), batch_size=config.batch_size, seed=config.seed)
+    share = Share(rank(), world_size())
+    own_samples = len(share.of(order.batch(0)))
     stream = batches(
         training.dataset,
         order=order,
@@ -116,133 +124,134 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
         last_step=config.steps,
         workers=training.num_workers,
         collate=training.collate,
+        share=share,
     )
     training.model.train()
     with (
+        closing(run.log),
         closing(stream),
         _stop_requests() as stop_requested,
         progress_bar("training", total=config.steps, initial=first) as bar,
     ):
-        for step, (batch, unreadable) in zip(range(first, config.steps), stream, strict=True):
-            _one_step(
-                training,
-                batch,
-                num_unreadable=len(unreadable),
-                step=step,
-                window=window,
-                config=config,
-                optim=optim,
+        for step, (batch, unreadable) in zip(range(first, config.steps), window.timed(stream), strict=True):
+            _note_unreadable(unreadable, window=window, run=run)
+            if any_rank(batch is None):  # where a rank has nothing to learn from, the others would wait for it
+                window.empty_steps += 1
+                _check_something_was_read(window, run=run, dataset_size=len(training.dataset))
+            else:
+                samples = own_samples - len(unreadable)
+                _one_step(training, batch, num_samples=samples, step=step, window=window, config=config, optim=optim)
+                if average is not None:
+                    average.update(step)
+            stop = any_rank(stop_requested())
+            _after_step(
+                training, done=step + 1, average=average, window=window, config=config, run=run, bar=bar, stop=stop
             )
-            run.note_unreadable(unreadable)
-            window.failed.update(sample.key for sample in unreadable)
-            _check_something_was_read(window, run=run, dataset_size=len(training.dataset))
-            _after_step(training, done=step + 1, window=window, config=config, run=run, bar=bar, stop=stop_requested())
+    if average is not None:
+        average.keep()
+
+
+def _note_unreadable(unreadable: list[Unreadable], *, window: Window, run: Run) -> None:
+    """Notes what any rank could not read."""
+    if any_rank(bool(unreadable)):
+        of_all_ranks = [sample for part in gather_objects(unreadable) for sample in part]
+        run.note_unreadable(of_all_ranks)
+        window.failed.update(sample.key for sample in of_all_ranks)
+
+
+def _weight_average(model: nn.Module, *, decay: float | None) -> WeightAverage | None:
+    """The average of the trainable weights, if one is asked for."""
+    if decay is None:
+        return None
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return WeightAverage(trainable, decay=decay)
+
+
+def _restore(training: Training, *, average: WeightAverage | None, window: Window, run: Run) -> int:
+    """Brings everything to the newest checkpoint; the number of updates done."""
+    extra = {"window": window.dump()}
+    first = run.checkpoints.restore(
+        model=training.model,
+        optimizer=training.optimizer,
+        extra=extra,
+        averages=None if average is None else average.averages,
+    )
+    run.log.truncate_after(first)
+    window.load(extra["window"])
+    return first
 
 
 def _one_step(
     training: Training,
     batch: Any,
     *,
-    num_unreadable: int,
+    num_samples: int,
     step: int,
-    window: "_Window",
+    window: Window,
     config: LoopConfig,
     optim: OptimConfig,
 ) -> None:
-    rate = learning_rate(step, config=optim, total_steps=config.steps)
-    for group in training.optimizer.param_groups:
-        group["lr"] = rate
-    window.rate = rate
-    if batch is None:
-        window.empty_steps += 1
-        return
+    window.rate = learning_rate(step, config=optim, total_steps=config.steps)
+    set_learning_rate(training.optimizer, rate=window.rate)
     torch.manual_seed(config.seed * 1_000_003 + step)
-    window.empty_steps = 0
-    window.add(training.step(batch), samples=config.batch_size - num_unreadable)
+    window.add(training.step(batch), samples=num_samples)
 
 
 def _after_step(
-    training: Training, *, done: int, window: "_Window", config: LoopConfig, run: Run, bar: "tqdm[Any]", stop: bool
+    training: Training,
+    *,
+    done: int,
+    average: WeightAverage | None,
+    window: Window,
+    config: LoopConfig,
+    run: Run,
+    bar: "tqdm[Any]",
+    stop: bool,
 ) -> None:
     """Logs, evaluates and saves where update number `done` calls for it; raises `Stopped` when a stop was asked for."""
     last = done == config.steps
     if done % config.log_every == 0 or last:
-        means = window.take(before_step=done)
-        run.log.write("train", step=done, values=means)
-        if "loss" in means:
-            bar.set_postfix_str(f"loss {means['loss']:.3f}", refresh=False)
-    paused = time.perf_counter()
+        values = window.take(before_step=done, device=next(training.model.parameters()).device)
+        run.log.write("train", step=done, values=values)
+        if "loss" in values:
+            bar.set_postfix_str(f"loss {values['loss']:.3f}", refresh=False)
     if training.evaluate is not None and (last or (config.evaluate_every and done % config.evaluate_every == 0)):
-        training.model.eval()
-        run.log.write("evaluation", step=done, values=training.evaluate())
-        training.model.train()
+        with window.paused(before_step=done):
+            _evaluate(training, done=done, average=average, run=run)
     if done % config.checkpoint_every == 0 or last or stop:
-        window.check_finite(before_step=done)
-        extra = {"window": window.dump()}
-        run.checkpoints.save(done, model=training.model, optimizer=training.optimizer, extra=extra)
-        run.draw_curves()
-    window.started += time.perf_counter() - paused  # samples per second are training's alone
+        with window.paused(before_step=done):
+            _save(training, done=done, average=average, window=window, run=run)
     bar.update(1)
     if stop and not last:
         raise Stopped(done)
 
 
-def _check_something_was_read(window: "_Window", *, run: Run, dataset_size: int) -> None:
+def _evaluate(training: Training, *, done: int, average: WeightAverage | None, run: Run) -> None:
+    assert training.evaluate is not None
+    with nullcontext() if average is None else average.applied():
+        training.model.eval()
+        run.log.write("evaluation", step=done, values=training.evaluate())
+        training.model.train()
+        forget_gathered_weights(training.model)
+
+
+def _save(training: Training, *, done: int, average: WeightAverage | None, window: Window, run: Run) -> None:
+    run.checkpoints.save(
+        done,
+        model=training.model,
+        optimizer=training.optimizer,
+        extra={"window": window.dump()},
+        averages=None if average is None else average.averages,
+    )
+    run.draw_curves()
+
+
+def _check_something_was_read(window: Window, *, run: Run, dataset_size: int) -> None:
     if window.empty_steps and len(window.failed) >= dataset_size:
         key = min(window.failed)
         raise ValueError(
             f"None of the {dataset_size} samples could be read; the first is {key} ({run.unreadable[key]})."
         )
-
-
-class _Window:
-    """Sums since the last log line, on the device until it is written; saved with checkpoints: lines stay exact."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Sum] = {}
-        self.samples = 0
-        self.rate = 0.0
-        self.empty_steps = 0
-        self.failed: set[str] = set()
-        self.started = time.perf_counter()
-
-    def add(self, values: dict[str, Sum], *, samples: int) -> None:
-        self.samples += samples
-        for name, value in values.items():
-            total = value.total
-            if isinstance(total, Tensor):
-                total = total.detach() if total.device.type == "mps" else total.detach().double()  # MPS has no float64
-            old = self.sums.get(name)
-            self.sums[name] = (
-                Sum(total, value.count) if old is None else Sum(old.total + total, old.count + value.count)
-            )
-
-    def means(self) -> dict[str, float]:
-        return {name: float(sums.total) / max(1, int(sums.count)) for name, sums in self.sums.items()}
-
-    def check_finite(self, *, before_step: int) -> None:
-        for name, value in self.means().items():
-            if not math.isfinite(value):
-                raise ValueError(
-                    f"{name} became {value} shortly before step {before_step}; no checkpoint was written since it did. "
-                    "Start another --out with a lower --optim.learning-rate or a longer --optim.warmup-steps."
-                )
-
-    def take(self, *, before_step: int) -> dict[str, float]:
-        """The log line's values; starts the next window."""
-        self.check_finite(before_step=before_step)
-        now = time.perf_counter()
-        speed = self.samples / max(now - self.started, 1e-9)
-        line = {**self.means(), "learning_rate": self.rate, "samples_per_second": round(speed, 2)}
-        self.sums, self.samples, self.started = {}, 0, now
-        return line
-
-    def dump(self) -> str:
-        return json.dumps({name: [float(sums.total), int(sums.count)] for name, sums in self.sums.items()})
-
-    def load(self, dumped: str) -> None:
-        sums = json.loads(dumped).items()
-        self.sums = {name: Sum(total, count) for name, (total, count) in sums}
 
 
 @contextmanager
@@ -255,7 +264,8 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
         if requested:
             raise KeyboardInterrupt
         requested = True
-        print("Stopping after this step; once more to stop at once.", file=sys.stderr)
+        if is_main():
+            print("Stopping after this step; once more to stop at once.", file=sys.stderr)
 
     old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -266,6 +276,14 @@ def _stop_requests() -> Iterator[Callable[[], bool]]:
 
 
 def progress_bar(what: str, *, total: int, initial: int = 0) -> "tqdm[Any]":
-    """A bar with time left on standard error; every ten seconds where that is no terminal."""
+    """A bar with time left on standard error, of the main rank; every ten seconds where that is no terminal."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, initial=initial, desc=what, mininterval=interval, maxinterval=30.0, dynamic_ncols=True)
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=what,
+        mininterval=interval,
+        maxinterval=30.0,
+        dynamic_ncols=True,
+        disable=not is_main(),
+    )

@@ -1,37 +1,52 @@
-"""The optimizer: AdamW, warm-up then cosine to zero, clipped gradients; the rate is a pure function of the step."""
+"""The optimizer: AdamW or Adafactor, with rates by part; the rate is a pure function of the step."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from timm.optim.adafactor_bv import AdafactorBigVision
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with warm-up and a cosine to zero."""
+    """The rule of an update, and its learning rate over the run."""
 
+    algorithm: Literal["adamw", "adafactor"] = "adamw"
+    """adafactor: a factored second moment, with a first moment and decoupled decay (CoCa; Zhai et al. 2106.04560)."""
     learning_rate: float = 1e-3
-    """The peak; it is climbed to over the warm-up, then falls along a half cosine to zero at the last step."""
+    """The peak; it is climbed to over the warm-up, then falls to zero at the last step."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls after the warm-up: along a half cosine, or a line (CoCa's pretraining)."""
+    rate_factors: dict[str, float] = field(default_factory=dict)
+    """Factor on the rate of the parameters below a dotted name, as `encoder 0.1`; the longest name wins, 0 freezes."""
     weight_decay: float = 0.05
-    """Acts on matrices only, not on biases, norms and scales."""
+    """Acts on matrices only, not on biases, norms and scales; scaled by the rate."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the mean of gradients (adafactor: of scaled gradients)."""
     beta2: float = 0.98
-    """Decay of the mean of squared gradients."""
+    """Decay of the mean of squared gradients (adafactor: the cap of 1 - t^-0.8; CoCa has 0.999)."""
     warmup_steps: int = 100
     """Updates until the peak."""
     gradient_clip: float = 1.0
     """Bound on the norm of all gradients together."""
+    ema_decay: float | None = None
+    """Evaluate and save an average of the weights with this decay (CoCa Table 9: 0.9999); the plain weights when None.
+    A decay of (1 + t) / (10 + t) at update t holds while it is the smaller, so that short runs outgrow their start."""
 
     def __post_init__(self) -> None:
+        factors = self.rate_factors.values()
         expected = {
             "learning_rate": ("above 0 and finite", 0 < self.learning_rate < math.inf),
+            "rate_factors": ("0 or more and finite", all(0 <= factor < math.inf for factor in factors)),
             "weight_decay": ("0 or more and finite", 0 <= self.weight_decay < math.inf),
             "beta1": ("at least 0 and below 1", 0 <= self.beta1 < 1),
             "beta2": ("at least 0 and below 1", 0 <= self.beta2 < 1),
             "warmup_steps": ("0 or more", self.warmup_steps >= 0),
             "gradient_clip": ("above 0", self.gradient_clip > 0),
+            "ema_decay": ("above 0 and below 1", self.ema_decay is None or 0 < self.ema_decay < 1),
         }
         for name, (range_, holds) in expected.items():
             if not holds:
@@ -39,28 +54,112 @@ class OptimConfig:
 
 
 def learning_rate(step: int, *, config: OptimConfig, total_steps: int) -> float:
-    """The rate of update `step` (from 0): (step + 1) / warmup of the peak, then cosine, zero after the last update."""
+    """The rate of update `step` (from 0): (step + 1) / warmup of the peak, then the fall to zero after the last one."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = min(1.0, (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps))
+    match config.schedule:
+        case "cosine":
+            return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            return config.learning_rate * (1 - done)
 
 
-def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; decay for matrices and larger, none for biases, norms and scales."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+def set_learning_rate(optimizer: torch.optim.Optimizer, *, rate: float) -> None:
+    """Gives each group of an optimizer from `build_optimizer` the rate, times the group's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate_factor"]
+
+
+def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Optimizer:
+    """An optimizer of the trainable parameters: decay for matrices and larger, none for biases, norms and scales.
+
+    A group has the parameters of one rate factor ("rate_factor" in the group) that decay, or that do not. Parameters
+    with a factor of 0 are frozen: their requires_grad is turned off. ValueError for a name in `rate_factors` that
+    decides on no trainable parameter, and where nothing is left to train.
+    """
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for parameter, factor in _factors_by_parameter(model, rate_factors=config.rate_factors):
+        if factor == 0:
+            parameter.requires_grad_(False)
+        else:
+            groups.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
+    if not groups:
+        raise ValueError("Expected something to train; every parameter is frozen, so free some (--optim.rate-factors).")
+    options = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": config.learning_rate * factor,
+            "rate_factor": factor,
+        }
+        for (factor, decays), parameters in groups.items()
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+    match config.algorithm:
+        case "adamw":
+            # torch >= 2.11 has the fused kernel on every device that a run may ask for: cpu, cuda, mps.
+            return torch.optim.AdamW(options, betas=(config.beta1, config.beta2), fused=True)
+        case "adafactor":
+            return _adafactor(options, config=config)
+
+
+def _adafactor(groups: list[dict[str, Any]], *, config: OptimConfig) -> torch.optim.Optimizer:
+    """The variant of Zhai et al. (2106.04560, section 3.4): Adafactor with a first moment and a capped beta2.
+
+    Update clipping at 1 is Adafactor's own (1804.04235, Algorithm 4). Matrices with a side below 16 are not factored
+    (timm's default). The first moment is kept in float32, where the paper halves it to save memory.
+    """
+    optimizer: torch.optim.Optimizer = AdafactorBigVision(
+        groups,
+        momentum=config.beta1,
+        momentum_dtype=torch.float32,
+        beta2_cap=config.beta2,
+        clipping_threshold=1.0,
+        unscaled_wd=False,
+    )
+    return optimizer
+
+
+def _factors_by_parameter(model: nn.Module, *, rate_factors: dict[str, float]) -> list[tuple[nn.Parameter, float]]:
+    """Each trainable parameter with its factor: of the longest name in `rate_factors` that it lies below, else 1."""
+    used: set[str] = set()
+    found: list[tuple[nn.Parameter, float]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            prefixes = [prefix for prefix in rate_factors if f"{name}.".startswith(f"{prefix}.")]
+            longest = max(prefixes, key=len, default=None)
+            if longest is not None:
+                used.add(longest)
+            found.append((parameter, 1.0 if longest is None else rate_factors[longest]))
+    if unused := sorted(rate_factors.keys() - used):
+        parts = sorted({name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad})
+        raise ValueError(
+            f"--optim.rate-factors names {', '.join(map(repr, unused))}, which decides on no trainable "
+            f"parameter; the trainable parts are {', '.join(parts)}."
+        )
+    return found
 
 
 def update(optimizer: torch.optim.Optimizer, *, loss: Tensor, gradient_clip: float) -> Tensor:
     """One update down `loss`; returns the norm of all gradients before clipping."""
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, gradient_clip)
+    norm = _clip([parameter for group in optimizer.param_groups for parameter in group["params"]], bound=gradient_clip)
     optimizer.step()
+    return norm
+
+
+def _clip(parameters: list[Tensor], *, bound: float) -> Tensor:
+    """Scales gradients down to a norm of `bound` in all; returns their norm before. Sharded ones count whole."""
+    with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
+    sharded = [parameter for parameter in with_gradient if isinstance(parameter, DTensor)]
+    whole = [parameter for parameter in with_gradient if not isinstance(parameter, DTensor)]
+    if not sharded:
+        norm: Tensor = nn.utils.clip_grad_norm_(whole, bound)
+        return norm
+    # torch clips a list of one kind only, and scalars (the temperature) cannot be sharded.
+    parts = [nn.utils.get_total_norm([p.grad for p in part if p.grad is not None]) for part in (sharded, whole) if part]
+    norm = torch.stack([part.full_tensor() if isinstance(part, DTensor) else part for part in parts]).norm()
+    for part in (sharded, whole):
+        nn.utils.clip_grads_with_norm_(part, bound, norm)
     return norm

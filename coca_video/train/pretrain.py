@@ -4,21 +4,26 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from coca_video.data.image_text import Pair, PairDataset, open_shards
 from coca_video.data.transforms import normalize
+from coca_video.distributed import barrier, is_main, parallelize, start_from_environment, whole_model
 from coca_video.eval.retrieval import evaluate_retrieval
 from coca_video.hub import TOKENIZER, save
-from coca_video.losses import captioning_loss, contrastive_loss
+from coca_video.losses import contrastive_loss, global_mean
 from coca_video.models.coca import CoCa, CoCaConfig
-from coca_video.tokenizer import Tokenizer, train_tokenizer
-from coca_video.train.loop import Device, LoopConfig, Sum, Training, pick_device, progress_bar, run_loop
+from coca_video.models.image import TimmConfig, VitConfig
+from coca_video.tokenizer import Tokenizer, clip_tokenizer, train_tokenizer
+from coca_video.train.loop import Device, LoopConfig, Training, pick_device, progress_bar, run_loop
 from coca_video.train.optim import OptimConfig, build_optimizer, update
-from coca_video.train.run import Run, write_atomically
+from coca_video.train.precision import autocast
+from coca_video.train.run import Run
+from coca_video.train.window import Sum, one_of_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +48,16 @@ class PretrainConfig:
     pairs: PairsConfig
     out: Path
     """Folder of the run; the same command goes on where it stopped."""
-    tokenizer: Path | None = None
-    """A tokenizer.json; when None, a BPE of model.text.vocab-size ids is trained on the captions."""
+    tokenizer: str | None = None
+    """A tokenizer.json, or the word clip for CLIP's vocabulary; when None, a BPE is trained on the captions."""
     contrastive_weight: float = 1.0
     """Weight of the contrastive loss (CoCa section 3.2)."""
+    contrastive_reduction: Literal["sum", "mean"] = "sum"
+    """Of its two directions: the paper sums them (Eq. 2), open_clip takes their mean."""
     caption_weight: float = 2.0
     """Weight of the captioning loss (CoCa section 3.2)."""
+    z_loss_weight: float = 0.0
+    """Of the squared log-partition of every predicted token, added to its captioning loss; 1e-5 is usual."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     device: Device = "auto"
@@ -86,32 +95,58 @@ class CollatePairs:
 
 
 def coca_step(
-    model: CoCa, batch: PairBatch, optimizer: torch.optim.Optimizer, *, config: PretrainConfig, device: torch.device
+    model: CoCa,
+    batch: PairBatch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    config: PretrainConfig,
+    device: torch.device,
+    parallel: nn.Module | None = None,
 ) -> dict[str, Sum]:
-    """One update on `contrastive_weight * contrastive + caption_weight * captioning` (CoCa Eq. 4)."""
+    """One update on `contrastive_weight * contrastive + caption_weight * captioning` (CoCa Eq. 4).
+
+    `parallel` is what to call in place of `model` over several ranks; `batch` is then this rank's share.
+    """
     images, tokens, mask = batch.images.to(device), batch.tokens.to(device), batch.mask.to(device)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.loop.precision == "bf16"):
-        out = model(
-            normalize(images, mean=model.config.image.mean, std=model.config.image.std), tokens=tokens, mask=mask
-        )
-    contrastive = contrastive_loss(out.image, text=out.text, scale=out.scale)
-    caption_sum, caption_count = captioning_loss(out.logits, tokens=tokens, mask=mask)
-    loss = config.contrastive_weight * contrastive + config.caption_weight * caption_sum / caption_count
+    image = config.model.image
+    with autocast(device, precision=config.loop.precision, num_tokens=_longest_sequence(config.model)):
+        pixels = normalize(images, mean=image.mean, std=image.std)
+        forward = model if parallel is None else parallel
+        out = forward(pixels, tokens=tokens, mask=mask, z_loss_weight=config.z_loss_weight)
+    contrastive = contrastive_loss(out.image, text=out.text, scale=out.scale, reduction=config.contrastive_reduction)
+    captioning = global_mean(out.caption.loss_sum, count=out.caption.count)
+    loss = config.contrastive_weight * contrastive + config.caption_weight * captioning
     norm = update(optimizer, loss=loss, gradient_clip=config.optim.gradient_clip)
     model.bound_scale()
     return {
-        "loss": Sum(loss, 1),
-        "contrastive_loss": Sum(contrastive, 1),
-        "caption_loss": Sum(caption_sum, caption_count),
-        "gradient_norm": Sum(norm, 1),
-        "temperature": Sum(1 / out.scale, 1),
+        "loss": one_of_ranks(loss),
+        "contrastive_loss": one_of_ranks(contrastive),
+        "caption_loss": Sum(out.caption.cross_entropy_sum, out.caption.count),
+        "gradient_norm": one_of_ranks(norm),
+        "temperature": one_of_ranks(1 / out.scale),
     }
 
 
+def _longest_sequence(model: CoCaConfig) -> int | None:
+    """Tokens that attend to each other: patches of an image, or of a text with its CLS. None: not known beforehand."""
+    match model.image:
+        case VitConfig(image_size=image_size, patch_size=patch_size):
+            return max((image_size // patch_size) ** 2, model.text.max_length + 1)
+        case TimmConfig():
+            return None
+
+
 def run_pretraining(config: PretrainConfig) -> PretrainResult:
-    """Trains, evaluates retrieval on `pairs.test`, writes the model. Goes on where `out` stopped."""
-    device = pick_device(config.device)
+    """Trains, evaluates retrieval on `pairs.test`, writes the model. Goes on where `out` stopped.
+
+    Started by torchrun, it trains over all ranks; each of them evaluates all test pairs.
+    """
     _check_options(config)
+    with start_from_environment(pick_device(config.device)) as device:
+        return _run(config, device=device)
+
+
+def _run(config: PretrainConfig, *, device: torch.device) -> PretrainResult:
     dataset = _training_pairs(config)
     run = Run(config.out, config=config, identity={"train_fingerprint": dataset.index.fingerprint()})
     if run.is_finished:
@@ -119,18 +154,22 @@ def run_pretraining(config: PretrainConfig) -> PretrainResult:
     tokenizer = _tokenizer(dataset, config=config, run=run)
     torch.manual_seed(config.loop.seed)
     model = CoCa(config.model).to(device)
+    parallel = parallelize(model, strategy=config.loop.strategy, methods=("encode_image", "encode_text"))
     optimizer = build_optimizer(model, config=config.optim)
     training = Training(
         model=model,
         optimizer=optimizer,
-        step=lambda batch: coca_step(model, batch, optimizer, config=config, device=device),
+        step=lambda batch: coca_step(model, batch, optimizer, config=config, device=device, parallel=parallel),
         dataset=dataset,
         collate=CollatePairs(tokenizer=tokenizer),
         evaluate=_retrieval_metrics(model, tokenizer=tokenizer, config=config, run=run, device=device),
         num_workers=config.loop.num_workers,
     )
     run_loop(training, config=config.loop, optim=config.optim, run=run)
-    save(run.model_folder, model=model, tokenizer=tokenizer)
+    whole = whole_model(model, fresh=lambda: CoCa(config.model))
+    if is_main():
+        save(run.model_folder, model=whole, tokenizer=tokenizer)
+    barrier()
     return _finished(run)
 
 
@@ -149,6 +188,7 @@ def _training_pairs(config: PretrainConfig) -> PairDataset:
         return PairDataset(
             shards,
             image_size=config.model.image.image_size,
+            interpolation=config.model.image.interpolation,
             seed=config.loop.seed,
             augment=True,
             crop_scale=(config.pairs.min_crop_area, 1.0),
@@ -162,6 +202,14 @@ def _check_options(config: PretrainConfig) -> None:
         raise ValueError(
             f"Loss weights must be 0 or more; got {config.contrastive_weight} and {config.caption_weight}."
         )
+    if not 0 <= config.z_loss_weight < math.inf:
+        raise ValueError(f"--z-loss-weight must be 0 or more; got {config.z_loss_weight}.")
+    for name, weight in (("contrastive_reduction", "contrastive_weight"), ("z_loss_weight", "caption_weight")):
+        default = PretrainConfig.__dataclass_fields__[name].default
+        if getattr(config, weight) == 0 and getattr(config, name) != default:
+            raise ValueError(
+                f"--{name.replace('_', '-')} does nothing where --{weight.replace('_', '-')} is 0; leave one out."
+            )
     if config.contrastive_weight == 0 and config.caption_weight == 0:
         raise ValueError("Both loss weights are 0, so nothing would be learned; give one of them a value above 0.")
     if config.loop.evaluate_every and config.pairs.test is None:
@@ -171,12 +219,18 @@ def _check_options(config: PretrainConfig) -> None:
 def _tokenizer(dataset: PairDataset, *, config: PretrainConfig, run: Run) -> Tokenizer:
     """The run's own from an earlier start, else the given one, else one trained on the captions; kept in the run."""
     path = run.folder / TOKENIZER
+    if not path.is_file() and is_main():
+        _new_tokenizer(dataset, config=config).save(path)
+    barrier()
+    return Tokenizer.load(path)
+
+
+def _new_tokenizer(dataset: PairDataset, *, config: PretrainConfig) -> Tokenizer:
     text = config.model.text
-    if path.is_file():
-        return Tokenizer.load(path)
-    if config.tokenizer is not None:
-        tokenizer = Tokenizer.load(config.tokenizer)
-        tokenizer = Tokenizer(tokenizer.backend, max_length=text.max_length)
+    if config.tokenizer == "clip":
+        tokenizer = clip_tokenizer(max_length=text.max_length)
+    elif config.tokenizer is not None:
+        tokenizer = Tokenizer(Tokenizer.load(Path(config.tokenizer)).backend, max_length=text.max_length)
     else:
         tokenizer = train_tokenizer(_captions(dataset), vocab_size=text.vocab_size, max_length=text.max_length)
     if tokenizer.vocab_size > text.vocab_size:
@@ -184,7 +238,6 @@ def _tokenizer(dataset: PairDataset, *, config: PretrainConfig, run: Run) -> Tok
             f"The tokenizer has {tokenizer.vocab_size} ids and the model takes {text.vocab_size}; "
             f"set --model.text.vocab-size {tokenizer.vocab_size}."
         )
-    write_atomically(path, tokenizer.backend.to_str())
     return tokenizer
 
 
@@ -203,7 +256,10 @@ def _retrieval_metrics(
     if config.pairs.test is None:
         return None
     shards = open_shards(config.pairs.test)
-    test = PairDataset(shards, image_size=config.model.image.image_size, seed=config.loop.seed, augment=False)
+    image = config.model.image
+    test = PairDataset(
+        shards, image_size=image.image_size, interpolation=image.interpolation, seed=config.loop.seed, augment=False
+    )
 
     def evaluate() -> dict[str, float]:
         with progress_bar("evaluating", total=len(test)) as bar:

@@ -8,42 +8,49 @@ from typing import Any
 
 from coca_video.config import differing_fields, to_json
 from coca_video.data.loader import Unreadable
+from coca_video.distributed import gather_objects, is_main
 from coca_video.hub import TOKENIZER
 from coca_video.train.checkpoint import Checkpoints
 from coca_video.train.log import RunLog, draw_curves
 
 UNREADABLE = "unreadable.csv"
 # These say how fast and where a run goes. (Another device rounds otherwise; a run may still move to it.)
-FREE_TO_CHANGE = frozenset({"out", "device", "num_workers"})
+FREE_TO_CHANGE = frozenset({"out", "device", "num_workers", "strategy"})
 
 
 class Run:
     """Opens `folder` for `config`: a new one, or one to go on with, which must have been started with the same config.
 
-    `identity` adds facts that must be the same again: fingerprints of the data and of a frozen encoder.
+    `identity` adds facts that must be the same again: fingerprints of the data and of a frozen encoder. All ranks open
+    it together; rank 0 alone writes, and what is wrong is raised on every one.
     """
 
     def __init__(self, folder: Path, *, config: object, identity: dict[str, str] | None = None) -> None:
         self.folder = folder
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.log = RunLog(folder / "metrics.jsonl")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._check_config({**to_json(config), **(identity or {})})
+        found = gather_objects(self._open({**to_json(config), **(identity or {})}) if is_main() else None)
+        if wrong := next(filter(None, found), None):
+            raise ValueError(wrong)
         self.unreadable = read_unreadable(folder / UNREADABLE)
 
-    def _check_config(self, resolved: dict[str, Any]) -> None:
+    def _open(self, resolved: dict[str, Any]) -> str | None:
+        """Makes the folder and writes the config; returns what is wrong, if something is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.json"
         before = json.loads(path.read_text()) if path.is_file() else resolved
         differing = differing_fields(before, resolved, ignored=FREE_TO_CHANGE)
         if differing and (self.checkpoints.newest() is not None or self.is_finished):
-            raise ValueError(
+            return (
                 f"The run {self.folder} was started with other settings ({'; '.join(differing)}). "
                 "Give the same ones to go on with it, or another --out for a new run."
             )
         if differing:  # it never came to a checkpoint: what it left belongs to the other settings
-            for name in (TOKENIZER, UNREADABLE, self.log.path.name):
+            for name in (TOKENIZER, UNREADABLE):
                 (self.folder / name).unlink(missing_ok=True)
+            self.log.remove()
         write_atomically(path, json.dumps(resolved, indent=2) + "\n")
+        return None
 
     @property
     def model_folder(self) -> Path:
@@ -60,11 +67,13 @@ class Run:
         new = {sample.key: sample.cause for sample in samples if sample.key not in self.unreadable}
         if new:
             self.unreadable.update(new)
+        if new and is_main():
             write_unreadable(self.folder / UNREADABLE, samples=self.unreadable)
 
     def draw_curves(self) -> None:
         """Draws `curves.png` from the log."""
-        draw_curves(self.log.records(), path=self.folder / "curves.png")
+        if is_main():
+            draw_curves(self.log.records(), path=self.folder / "curves.png")
 
 
 def read_unreadable(path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from coca_video.data.manifest import read_manifest, write_manifest
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.eval.classification import evaluate_clips
 from coca_video.hub import fingerprint, load
-from coca_video.models.image import TimmVitConfig, VitConfig
+from coca_video.models.image import TimmConfig, VitConfig
 from coca_video.models.video import VideoClassifier
 from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, build_classifier, run_probe
 from coca_video.train.loop import LoopConfig
@@ -108,7 +108,7 @@ def test_one_frame_is_the_middle_one(config: ProbeConfig) -> None:
                 ("std", (0.5, 0.5, 0.4)),
             )
         ),
-        {"encoder": RandomEncoder(image=TimmVitConfig(name="vit_tiny_patch16_224", image_size=48))},
+        {"encoder": RandomEncoder(image=TimmConfig(name="vit_tiny_patch16_224", image_size=48))},
         {"loop": LoopConfig(steps=4, batch_size=8, log_every=1, seed=1)},
         {"loop": LoopConfig(steps=4, batch_size=4, log_every=1)},
         {"loop": LoopConfig(steps=4, batch_size=8, log_every=1, precision="bf16")},

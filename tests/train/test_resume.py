@@ -6,12 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from coca_video.models.coca import CoCaConfig
 from coca_video.models.image import VitConfig
@@ -26,6 +32,15 @@ STEPS = 8
 # Log lines every 3 steps and checkpoints every 2: a resumed run starts in the middle of a line's window.
 LOOP = LoopConfig(steps=STEPS, batch_size=7, seed=5, log_every=3, checkpoint_every=2, evaluate_every=4)
 OPTIM = OptimConfig(warmup_steps=3)
+# At 0.4 the average still forms over these few steps and then goes on at its own decay.
+AVERAGED = OptimConfig(
+    warmup_steps=3,
+    algorithm="adafactor",
+    beta2=0.999,
+    schedule="linear",
+    rate_factors={"encoder": 0.5, "log_scale": 0.0},
+    ema_decay=0.4,
+)
 
 Config = PretrainConfig | ProbeConfig
 
@@ -50,8 +65,9 @@ def probe_config(manifest: Path, *, out: Path, cached: bool = False) -> ProbeCon
 
 
 def make_config(kind: str, *, pictures: Path, clips: Path, out: Path) -> Config:
-    if kind == "pretrain":
-        return pretrain_config(pictures, out=out)
+    if kind.endswith("pretrain"):
+        config = pretrain_config(pictures, out=out)
+        return replace(config, optim=AVERAGED) if kind == "averaged pretrain" else config
     return probe_config(clips, out=out, cached=kind == "cached probe")
 
 
@@ -63,11 +79,53 @@ def run(config: Config) -> None:
 
 
 def outcome(out: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """Log records without what a clock says, and the bytes of the trained weights."""
+    """Log records without what is measured on the machine, and the bytes of the trained weights."""
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for record in records:
-        record.pop("samples_per_second", None)
+        for name in ("samples_per_second", "data_wait_share", "memory_mb"):
+            record.pop(name, None)
     return records, (out / "model" / "model.safetensors").read_bytes()
+
+
+def last_state(out: Path) -> dict[str, Any]:
+    """All that the newest checkpoint holds, by its place: weights, moments, averages and what is no tensor."""
+    newest = Checkpoints(out / "checkpoints").newest()
+    assert newest is not None
+    dcp_to_torch_save(newest, out / "state.pt")
+    state = torch.load(out / "state.pt", weights_only=False)
+    return dict(leaves(state, place=()))
+
+
+def leaves(tree: Any, *, place: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """(place, leaf), tensors as their type and bytes."""
+    match tree:
+        case dict():
+            for key, value in tree.items():
+                yield from leaves(value, place=(*place, str(key)))
+        case list():
+            for number, value in enumerate(tree):
+                yield from leaves(value, place=(*place, str(number)))
+        case torch.Tensor():
+            yield "/".join(place), (tree.dtype, tree.numpy().tobytes())
+        case _:
+            yield "/".join(place), tree
+
+
+def shown(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in the run's event files."""
+    viewer = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0})
+    viewer.Reload()
+    tags = viewer.Tags()["scalars"]
+    return {tag: [(point.step, point.value) for point in viewer.Scalars(tag)] for tag in tags}
+
+
+def written(out: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in metrics.jsonl, in float32 as TensorBoard keeps them."""
+    curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for record in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()):
+        for name in record.keys() - {"kind", "step"}:
+            curves[f"{record['kind']}/{name}"].append((record["step"], float(np.float32(record[name]))))
+    return curves
 
 
 class Killed(BaseException):
@@ -90,7 +148,7 @@ def die_in_step(monkeypatch: pytest.MonkeyPatch, *, number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pretrain", "probe", "cached probe"])
+@pytest.mark.parametrize("kind", ["pretrain", "averaged pretrain", "probe", "cached probe"])
 def test_death_in_any_step(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     run(make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))
     expected = outcome(tmp_path / "whole")
@@ -103,6 +161,34 @@ def test_death_in_any_step(kind: str, pictures: Path, drawn_clips: Path, tmp_pat
                 run(config)
         run(config)
         assert outcome(config.out) == expected, f"died in step {number}"
+
+
+@pytest.mark.slow
+def test_death_with_adafactor_and_averaged_weights(pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
+    """Weights, moments and averages of the last checkpoint are the same to the bit, and every curve is shown once."""
+    whole = make_config("averaged pretrain", pictures=pictures, clips=drawn_clips, out=tmp_path / "whole")
+    run(whole)
+    config = replace(whole, out=tmp_path / "dies")
+    with pytest.MonkeyPatch.context() as patch:
+        die_in_step(patch, number=6)
+        with pytest.raises(Killed):
+            run(config)
+    time.sleep(1.0)  # event files are read in the order of the second they were opened in
+    run(config)
+    assert outcome(config.out) == outcome(whole.out)
+    states = [last_state(folder) for folder in (whole.out, config.out)]
+    assert states[0] == states[1]
+    places = states[0].keys()
+    assert any(place.endswith("exp_avg_sq_r") for place in places)
+    # The model's weights are the averages and not the latest ones; the frozen one is in neither part of a checkpoint.
+    saved = load_file(config.out / "model" / "model.safetensors")
+    names = saved.keys() - {"log_scale"}
+    assert {place for place in places if place.startswith("averages/")} == {f"averages/{name}" for name in names}
+    for name in names:
+        assert saved[name].numpy().tobytes() == states[0][f"averages/{name}"][1]
+    differing = [name for name in names if states[0][f"averages/{name}"] != states[0][f"model/{name}"]]
+    assert len(differing) > 0.9 * len(names)  # a bias that gets no gradient stays what it was
+    assert shown(config.out) == written(config.out)
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "probe"])
@@ -217,7 +303,7 @@ def test_a_changed_encoder_is_refused(pictures: Path, drawn_clips: Path, tmp_pat
         pretraining = pretrain_config(pictures, out=tmp_path / f"encoder-{seed}")
         run(replace(pretraining, loop=replace(LOOP, seed=seed, steps=1)))
     (tmp_path / "encoder").symlink_to(tmp_path / "encoder-0")
-    encoder = classify.PretrainedEncoder(path=tmp_path / "encoder")
+    encoder = classify.PretrainedEncoder(model=str(tmp_path / "encoder"))
     config = replace(probe_config(drawn_clips, out=tmp_path / "probe"), encoder=encoder)
     run(config)
     (tmp_path / "encoder").unlink()

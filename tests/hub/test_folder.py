@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from coca_video.hub import fingerprint, load, save
+from coca_video.hub import Saved, fingerprint, load, save
 from coca_video.models.coca import CoCa, CoCaConfig
-from coca_video.models.image import VitConfig
+from coca_video.models.image import ImageEncoder, TimmConfig, VitConfig
 from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 from coca_video.tokenizer import train_tokenizer
 
@@ -39,6 +39,30 @@ def test_coca_round_trip_keeps_its_tokenizer(tmp_path: Path) -> None:
     assert isinstance(saved.model, CoCa) and saved.tokenizer is not None
     assert fingerprint(saved.model) == fingerprint(model)
     assert saved.tokenizer.encode(["a dog"])[0].equal(tokenizer.encode(["a dog"])[0])
+
+
+@pytest.mark.parametrize("config", [VitConfig.tiny(), TimmConfig(name="vit_tiny_patch16_224", image_size=32)])
+def test_encoder_round_trip(tmp_path: Path, config: VitConfig | TimmConfig) -> None:
+    encoder = ImageEncoder(config)
+    Saved(model=encoder, license="mit", source="timm:some").save(tmp_path)
+    saved = load(str(tmp_path))
+    assert isinstance(saved.model, ImageEncoder) and saved.model.config == config
+    assert fingerprint(saved.model) == fingerprint(encoder)
+    assert (saved.license, saved.source, saved.encoder) == ("mit", "timm:some", saved.model)
+
+
+def test_the_encoder_of_each_model() -> None:
+    coca, classifier = CoCa(CoCaConfig.tiny()), make_classifier()
+    assert Saved(model=coca).encoder is coca.encoder
+    assert Saved(model=classifier, classes=("a", "b")).encoder is classifier.encoder
+
+
+def test_a_saved_coca_saves_its_tokenizer(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["a dog", "a cat"], vocab_size=300, max_length=32)
+    save(tmp_path / "first", model=CoCa(CoCaConfig.tiny()), tokenizer=tokenizer)
+    load(tmp_path / "first").save(tmp_path / "second")
+    for path in (tmp_path / "first").iterdir():
+        assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_a_run_is_found_by_its_folder(tmp_path: Path) -> None:
@@ -81,5 +105,7 @@ def test_what_is_no_model_is_a_sentence(tmp_path: Path) -> None:
     save(tmp_path / "other", model=make_classifier())
     config = tmp_path / "other" / "config.json"
     config.write_text(config.read_text().replace('"VideoClassifier"', '"Detector"'))
-    with pytest.raises(ValueError, match="expected the model to be CoCa or VideoClassifier; got 'Detector'"):
+    with pytest.raises(
+        ValueError, match="expected the model to be CoCa, VideoClassifier or ImageEncoder; got 'Detector'"
+    ):
         load(tmp_path / "other")

@@ -1,10 +1,11 @@
-"""Models on disk, in the Hub's layout: model.safetensors, config.json, and classes.txt or tokenizer.json."""
+"""Model folders in the Hub's layout: model.safetensors, config.json, and classes.txt or tokenizer.json."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -13,27 +14,59 @@ from torch import nn
 
 from coca_video.config import from_json, to_json
 from coca_video.models.coca import CoCa, CoCaConfig
+from coca_video.models.image import ImageConfig, ImageEncoder
 from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 from coca_video.tokenizer import Tokenizer
 
 WEIGHTS, CONFIG, CLASSES, TOKENIZER = "model.safetensors", "config.json", "classes.txt", "tokenizer.json"
 
+Model = CoCa | VideoClassifier | ImageEncoder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a model folder holds. A classifier has `classes`, in the order of its scores; a CoCa has its `tokenizer`."""
+    """A model and what belongs to it: `classes` of a classifier, in the order of its scores; the `tokenizer` of a CoCa.
 
-    model: CoCa | VideoClassifier
+    `source` is where the weights were taken from, or what they were trained on top of (`timm:...`), and `license` the
+    licence that they came with; None where nothing is known.
+    """
+
+    model: Model
     classes: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
+    license: str | None = None
+    source: str | None = None
+
+    @property
+    def encoder(self) -> ImageEncoder:
+        """The model's image encoder: the model itself where it is one."""
+        return self.model if isinstance(self.model, ImageEncoder) else self.model.encoder
+
+    def save(self, folder: Path) -> None:
+        """Writes the model folder, as the function `save` does."""
+        save(
+            folder,
+            model=self.model,
+            classes=self.classes,
+            tokenizer=self.tokenizer,
+            license=self.license,
+            source=self.source,
+        )
 
 
 def save(
-    folder: Path, *, model: CoCa | VideoClassifier, classes: Sequence[str] = (), tokenizer: Tokenizer | None = None
+    folder: Path,
+    *,
+    model: Model,
+    classes: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    license: str | None = None,
+    source: str | None = None,
 ) -> None:
     """Writes the model folder. The weights come last and by renaming, so a folder that has them is whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    document = {"model": type(model).__name__, "config": to_json(model.config)}
+    origin = {name: value for name, value in (("license", license), ("source", source)) if value is not None}
+    document = {"model": type(model).__name__, "config": to_json(model.config), **origin}
     (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n")
     if classes:
         (folder / CLASSES).write_text("".join(f"{name}\n" for name in classes))
@@ -42,6 +75,7 @@ def save(
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     partial = folder / f".{WEIGHTS}.partial"
     save_file(state, partial)
+    partial.chmod((folder / CONFIG).stat().st_mode)  # safetensors leaves it readable to its owner alone
     partial.replace(folder / WEIGHTS)
 
 
@@ -55,10 +89,11 @@ def find_model(path: Path) -> Path:
     raise ValueError(f"Expected a finished run or a model folder ({CONFIG} and {WEIGHTS}) at {path}; there is none.")
 
 
-def load(path: Path) -> Saved:
+def load_folder(path: Path) -> Saved:
     """Rebuilds the model of a run or a model folder, on the CPU, in evaluation mode; no code of the folder is run."""
     folder = find_model(path)
-    model = _build(folder / CONFIG)
+    document = _read_config(folder / CONFIG)
+    model = _build(document, path=folder / CONFIG)
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
@@ -69,27 +104,51 @@ def load(path: Path) -> Saved:
         model=model.eval(),
         classes=_read_classes(folder / CLASSES, model=model),
         tokenizer=Tokenizer.load(tokenizer_file) if tokenizer_file.is_file() else None,
+        license=document.get("license"),
+        source=document.get("source"),
     )
 
 
-def _build(path: Path) -> CoCa | VideoClassifier:
-    """The model that config.json describes, with fresh weights."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """What config.json holds: a model's name, its config, and where the weights came from."""
     try:
-        document = json.loads(path.read_text())
-        name, config = document["model"], document["config"]
+        document: dict[str, Any] = json.loads(path.read_text())
+        if "architecture" not in document and not (
+            isinstance(document["model"], str) and isinstance(document["config"], dict)
+        ):
+            raise TypeError("the model's name, or its config, is of another type")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: expected JSON with a model and its config ({error}).") from error
-    match name:
+    if "architecture" in document:
+        raise ValueError(
+            f"{path.parent} is of timm's layout: load timm:local-dir:{path.parent}, or timm:hf-hub:ORG/NAME."
+        )
+    return document
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EncoderFile:
+    """An encoder's config is one of a union, which only a field of a dataclass can say."""
+
+    image: ImageConfig
+
+
+def _build(document: dict[str, Any], *, path: Path) -> Model:
+    """The model that config.json describes, with fresh weights."""
+    config = document["config"]
+    match document["model"]:
         case "CoCa":
             return CoCa(from_json(CoCaConfig, config))
         case "VideoClassifier":
             return VideoClassifier(from_json(VideoClassifierConfig, config))
+        case "ImageEncoder":
+            return ImageEncoder(from_json(_EncoderFile, {"image": config}).image)
         case other:
-            raise ValueError(f"{path}: expected the model to be CoCa or VideoClassifier; got {other!r}.")
+            raise ValueError(f"{path}: expected the model to be CoCa, VideoClassifier or ImageEncoder; got {other!r}.")
 
 
-def _read_classes(path: Path, *, model: CoCa | VideoClassifier) -> tuple[str, ...]:
-    """A classifier's classes, one for each score; a CoCa has none."""
+def _read_classes(path: Path, *, model: Model) -> tuple[str, ...]:
+    """A classifier's classes, one for each score; other models have none."""
     if not isinstance(model, VideoClassifier):
         return ()
     names = tuple(path.read_text().removesuffix("\n").split("\n")) if path.is_file() else ()

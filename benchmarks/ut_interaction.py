@@ -22,7 +22,7 @@ import torch
 from coca_video.data.manifest import Manifest, read_manifest
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.eval.features import TokenBatch, encode_clips
-from coca_video.models.image import ImageConfig
+from coca_video.hub import load
 from coca_video.models.video import VideoClassifier
 from coca_video.train.classify import (
     ClipsConfig,
@@ -33,12 +33,12 @@ from coca_video.train.classify import (
     probe_step,
 )
 from coca_video.train.loop import LoopConfig, pick_device, progress_bar
-from coca_video.train.optim import OptimConfig, build_optimizer, learning_rate
+from coca_video.train.optim import OptimConfig, build_optimizer, learning_rate, set_learning_rate
 from coca_video.train.run import write_atomically
 
 NUM_FRAMES = 8
 RECIPE = ProbeConfig(
-    encoder=PretrainedEncoder(path=Path()),
+    encoder=PretrainedEncoder(model=""),
     clips=ClipsConfig(train=Path()),
     out=Path(),
     num_frames=NUM_FRAMES,
@@ -88,7 +88,7 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--manifest", type=Path, required=True)
-    parser.add_argument("--encoder", type=Path, required=True, help="a pretrained run or model folder")
+    parser.add_argument("--encoder", required=True, help="a pretrained run or model folder, open_clip:..., timm:...")
     parser.add_argument("--json", type=Path, required=True, help="file for the results, and to go on from")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -116,30 +116,29 @@ def _run_folds(
     if all(key in done for key in keys):
         return
     device = pick_device(options.device)
-    pretrained = PretrainedEncoder(path=options.encoder)
-    image: ImageConfig = build_classifier(replace(RECIPE, encoder=pretrained), num_classes=2).config.image
-    encoder = pretrained if variant.pretrained else RandomEncoder(image=image)
+    saved = load(options.encoder)
+    image = saved.encoder.config
+    encoder = PretrainedEncoder(model=options.encoder) if variant.pretrained else RandomEncoder(image=image)
     config = replace(RECIPE, encoder=encoder, num_frames=variant.num_frames, loop=replace(RECIPE.loop, seed=seed))
-    model = build_classifier(config, num_classes=len(manifest.classes)).to(device)
-    clip = ClipConfig(num_frames=variant.num_frames, image_size=image.image_size)
+    pretrained = saved if variant.pretrained else None
+    model = build_classifier(config, num_classes=len(manifest.classes), pretrained=pretrained).to(device)
+    clip = ClipConfig(num_frames=variant.num_frames, image_size=image.image_size, interpolation=image.interpolation)
     tokens = encode_clips(model, dataset=VideoDataset(manifest, config=clip, seed=seed), device=device)
     if tokens.unreadable:
         raise ValueError(f"The protocol needs every clip; {tokens.unreadable[0].cause}")
     for key, (train, test) in zip(keys, _folds(manifest), strict=True):
         if key not in done:
-            yield key, _train_and_test(config, batch=tokens.batch, train=train, test=test, device=device)
+            head = build_classifier(config, num_classes=len(manifest.classes), pretrained=pretrained).to(device)
+            yield key, _train_and_test(head.train(), config=config, batch=tokens.batch, train=train, test=test)
 
 
 def _train_and_test(
-    config: ProbeConfig, *, batch: TokenBatch, train: list[int], test: list[int], device: torch.device
+    model: VideoClassifier, *, config: ProbeConfig, batch: TokenBatch, train: list[int], test: list[int]
 ) -> int:
-    """Trains a fresh head on all training clips at once (they fit one batch); returns how many test clips it names."""
-    num_classes = int(batch.labels.max()) + 1
-    model: VideoClassifier = build_classifier(config, num_classes=num_classes).to(device).train()
+    """Trains the fresh head on all training clips at once (one batch); returns how many test clips it names."""
     optimizer = build_optimizer(model, config=config.optim)
     for step in range(config.loop.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config=config.optim, total_steps=config.loop.steps)
+        set_learning_rate(optimizer, rate=learning_rate(step, config=config.optim, total_steps=config.loop.steps))
         probe_step(model, batch.tokens[train], optimizer, labels=batch.labels[train], config=config)
     with torch.no_grad():
         predicted = model.eval().classify(batch.tokens[test]).argmax(dim=1)
@@ -159,7 +158,7 @@ def _write(options: argparse.Namespace, *, results: dict[str, int], manifest: Ma
         variant.name: _accuracies(results, variant=variant, num_seeds=options.seeds, num_clips=len(manifest.rows))
         for variant in VARIANTS
     }
-    document = {"encoder": str(options.encoder), "torch": torch.__version__, "accuracy": summary, "correct": results}
+    document = {"encoder": options.encoder, "torch": torch.__version__, "accuracy": summary, "correct": results}
     options.json.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(options.json, json.dumps(document, indent=2) + "\n")
 

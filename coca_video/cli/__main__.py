@@ -10,10 +10,12 @@ from coca_video import __version__
 
 VERBS = {
     "quickstart": "the whole line on a drawn world, in minutes: pretrain, probe, evaluate",
+    "tokenizer": "learn a vocabulary from captions",
     "pretrain": "train CoCa on captioned images: contrastive + captioning loss",
     "probe": "train a single-query probe on the frames of a frozen image encoder",
     "evaluate": "accuracy of a probe on clips, or retrieval of a CoCa on captioned images",
     "predict": "name the action in video files",
+    "caption": "describe images and videos with a CoCa",
 }
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 

@@ -24,8 +24,8 @@ class EvaluateOptions:
 
     data: tyro.conf.Positional[Path]
     """A manifest (CSV) or a folder of clips; for a CoCa, tar shards of captioned images."""
-    model: Path
-    """A finished run, or a model folder."""
+    model: str
+    """A finished run or a model folder, hf:ORG/NAME, open_clip:NAME/TAG or open_clip:FILE."""
     split: str | None = None
     """The manifest's rows with this split; all rows when not given."""
     num_frames: int | None = None
@@ -39,7 +39,7 @@ class EvaluateOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the encoder."""
     out: Path | None = None
-    """Folder for the result; the model's own evaluation/ when not given."""
+    """Folder for the result; the evaluation/ of the model's folder when not given."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute."""
 
@@ -49,8 +49,13 @@ def run(arguments: Sequence[str]) -> int:
     options = parse_options(EvaluateOptions, verb="evaluate", arguments=arguments)
     from coca_video.hub import load
     from coca_video.models.coca import CoCa
+    from coca_video.models.image import ImageEncoder
 
     saved = load(options.model)
+    if options.out is None and not Path(options.model).is_dir():
+        raise ValueError(f"{options.model} is no folder that could take the result; say where with --out DIR.")
+    if isinstance(saved.model, ImageEncoder):
+        raise ValueError(f"{options.model} is an image encoder alone, which names nothing; train a probe on it first.")
     if isinstance(saved.model, CoCa):
         return _evaluate_retrieval(saved, options=options)
     path = evaluate_manifest(saved, options=options)
@@ -77,7 +82,13 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
     manifest.check_labels()
     manifest.check_files()
     num_frames = model.config.num_frames if options.num_frames is None else options.num_frames
-    clip = ClipConfig(num_frames=num_frames, image_size=model.config.image.image_size, decoder=options.decoder)
+    image = model.config.image
+    clip = ClipConfig(
+        num_frames=num_frames,
+        image_size=image.image_size,
+        interpolation=image.interpolation,
+        decoder=options.decoder,
+    )
     with progress_bar("evaluating", total=len(manifest.rows)) as bar:
         result = evaluate_clips(
             model.to(device),
@@ -90,7 +101,7 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
             on_batch=bar.update,
         )
     facts = {
-        "model": str(options.model),
+        "model": options.model,
         "data": str(options.data.resolve()),
         "split": options.split,
         "num_frames": num_frames,
@@ -114,7 +125,14 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
     if saved.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, which retrieval needs.")
     device = pick_device(options.device)
-    dataset = PairDataset(open_shards(options.data), image_size=model.config.image.image_size, seed=0, augment=False)
+    image = model.config.image
+    dataset = PairDataset(
+        open_shards(options.data),
+        image_size=image.image_size,
+        interpolation=image.interpolation,
+        seed=0,
+        augment=False,
+    )
     with progress_bar("evaluating", total=len(dataset)) as bar:
         result = evaluate_retrieval(
             model.to(device),
@@ -128,7 +146,7 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
         )
     folder = _result_folder(options)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"model": str(options.model), "data": str(options.data.resolve()), "precision": options.precision}
+    facts = {"model": options.model, "data": str(options.data.resolve()), "precision": options.precision}
     document = {
         **facts,
         "num_images": result.num_images,
@@ -146,7 +164,7 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
 
 
 def _result_folder(options: EvaluateOptions) -> Path:
-    return options.out if options.out is not None else options.model / "evaluation"
+    return options.out if options.out is not None else Path(options.model) / "evaluation"
 
 
 def _result_name(options: EvaluateOptions) -> str:

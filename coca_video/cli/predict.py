@@ -17,8 +17,8 @@ class PredictOptions:
 
     files: tyro.conf.Positional[tuple[Path, ...]]
     """Video files."""
-    model: Path
-    """A finished probe run, or a model folder."""
+    model: str
+    """A finished probe run, a model folder, or hf:ORG/NAME."""
     top: int = 5
     """How many classes to name."""
     num_frames: int | None = None

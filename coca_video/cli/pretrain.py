@@ -19,7 +19,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"{name:<28} {value:.4f}")
     if result.num_unreadable:
         say(f"{result.num_unreadable} pairs could not be read; they are listed in {config.out / 'unreadable.csv'}.")
-    say(f"The model is in {result.model_folder}. A probe on it: --encoder.path {config.out}")
+    say(f"The model is in {result.model_folder}. A probe on it: --encoder.model {config.out}")
     return 1 if result.num_unreadable else 0
 
 

@@ -128,7 +128,7 @@ def _probe_config(options: QuickstartOptions, *, name: str, manifest: Path, num_
     from coca_video.train.optim import OptimConfig
 
     return ProbeConfig(
-        encoder=PretrainedEncoder(path=options.out / "pretrain"),
+        encoder=PretrainedEncoder(model=str(options.out / "pretrain")),
         clips=ClipsConfig(train=manifest),
         out=options.out / name,
         num_frames=num_frames,
@@ -188,7 +188,7 @@ def _on_video(run: Path, *, manifest: Path, options: QuickstartOptions) -> dict[
     from coca_video.hub import load
 
     evaluation = EvaluateOptions(
-        data=manifest, model=run, split="test", num_frames=NUM_FRAMES, batch_size=64, device=options.device
+        data=manifest, model=str(run), split="test", num_frames=NUM_FRAMES, batch_size=64, device=options.device
     )
     document: dict[str, Any] = json.loads(evaluate_manifest(load(run), options=evaluation).read_text())
     return document
@@ -220,7 +220,7 @@ def _print_next(options: QuickstartOptions) -> None:
         f"Evaluate again:  {program} evaluate {out}/world/clips/manifest.csv --split test --model {out}/probe "
         "--num-frames 16\n"
         "Your own clips, laid out as clips/train/<class>/*.mp4 and clips/test/<class>/*.mp4:\n"
-        f"                 {program} probe configs/probe/own_clips.py --encoder.path {out}/pretrain "
+        f"                 {program} probe configs/probe/own_clips.py --encoder.model {out}/pretrain "
         "--clips.train clips --out runs/my_probe\n"
         f"                 {program} predict my_clip.mp4 --model runs/my_probe"
     )

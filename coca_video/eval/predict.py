@@ -30,16 +30,17 @@ class Predictor:
         return [(self.classes[index], float(probabilities[index])) for index in order]
 
 
-def load_predictor(path: Path, *, num_frames: int | None, decoder: Backend, device: torch.device) -> Predictor:
-    """The classifier of a run or a model folder; `num_frames` as in training when None."""
-    saved = load(path)
+def load_predictor(source: str, *, num_frames: int | None, decoder: Backend, device: torch.device) -> Predictor:
+    """The classifier of a run, a model folder or hf:ORG/NAME; `num_frames` as in training when None."""
+    saved = load(source)
     if not isinstance(saved.model, VideoClassifier):
         raise ValueError(
-            f"{path} holds a {type(saved.model).__name__}, which names no actions; expected a probe's run."
+            f"{source} holds a {type(saved.model).__name__}, which names no actions; expected a probe's run."
         )
     clip = ClipConfig(
         num_frames=saved.model.config.num_frames if num_frames is None else num_frames,
         image_size=saved.model.config.image.image_size,
+        interpolation=saved.model.config.image.interpolation,
         decoder=decoder,
     )
     return Predictor(model=saved.model.to(device), classes=saved.classes, clip=clip, device=device)

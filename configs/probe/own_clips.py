@@ -2,7 +2,7 @@
 
 Lay them out as clips/train/<class>/*.mp4 and clips/test/<class>/*.mp4, or write a manifest (README, "Your own clips"):
 
-    coca-video probe configs/probe/own_clips.py --encoder.path runs/flickr8k_small --clips.train clips --out runs/mine
+    coca-video probe configs/probe/own_clips.py --encoder.model runs/flickr8k_small --clips.train clips --out runs/mine
 
 With few clips and no GPU this encodes every clip once and trains on the tokens. With many, draw other frames and crops
 in every epoch instead: --no-cache-tokens --augment --loop.num-workers 2.
@@ -15,7 +15,7 @@ from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
 
 config = ProbeConfig(
-    encoder=PretrainedEncoder(path=Path("runs/quickstart/pretrain")),
+    encoder=PretrainedEncoder(model="runs/quickstart/pretrain"),
     clips=ClipsConfig(train=Path("clips")),
     out=Path("runs/own_clips"),
     num_frames=8,

@@ -14,7 +14,7 @@ from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
 
 config = ProbeConfig(
-    encoder=PretrainedEncoder(path=Path("runs/flickr8k_small")),
+    encoder=PretrainedEncoder(model="runs/flickr8k_small"),
     clips=ClipsConfig(train=Path("runs/ut_interaction/manifest.csv")),
     out=Path("runs/ut_interaction/probe"),
     num_frames=8,

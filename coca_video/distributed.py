@@ -191,15 +191,16 @@ def _shard(model: nn.Module, *, methods: tuple[str, ...]) -> nn.Module:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
-    # A scalar cannot be sharded: every rank keeps it, and its gradient is averaged as DDP would.
-    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
-    for scalar in scalars:
-        if scalar.requires_grad:
-            scalar.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
+    # A scalar cannot be sharded, and a tensor of one row (a position embedding [1, tokens, dim]) that is, Adafactor
+    # cannot factor: every rank keeps these whole, and their gradients are averaged as DDP would.
+    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0 or len(parameter) == 1}
+    for parameter in whole:
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
     for block in _blocks(model):
-        fully_shard(block, mesh=mesh, ignored_params=scalars)
-    fully_shard(model, mesh=mesh, ignored_params=scalars)
+        fully_shard(block, mesh=mesh, ignored_params=whole)
+    fully_shard(model, mesh=mesh, ignored_params=whole)
     _gather_weights_for(model, methods=methods)
     return model
 
@@ -220,7 +221,8 @@ def _average_gradient(parameter: Tensor) -> None:
 def _gather_weights_for(model: nn.Module, *, methods: tuple[str, ...]) -> None:
     """Has FSDP2 gather the weights around `methods`, where they are not called by `forward` or by one another.
 
-    The outermost call has gathered them, and the end of an inner one would tell FSDP2 that the forward is over.
+    The outermost call has gathered them. FSDP2 would take the end of an inner one for the end of the forward, and no
+    longer gather the blocks that follow ahead of their turn.
     """
     depth = 0
 

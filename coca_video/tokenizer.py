@@ -154,8 +154,8 @@ def train_tokenizer(
     Unicode NFKC, lower-cased, and its whitespace (and ▁, which stands for it) becomes single spaces. A character that
     the captions do not have is spelled by its UTF-8 bytes, so that it comes back too.
 
-    The same captions give the same tokenizer. (tokenizers sums unigram's scores in an order of its own each time: they
-    are rounded to 1e-4, a thousand million times what that moves.)
+    The same captions give the same tokenizer. For unigram that was found, not proved: tokenizers sums its scores in
+    another order each time, which moves them by 1e-14, and so they are rounded to 1e-4.
 
     Raises:
         ValueError: no captions, a vocabulary too small for its bytes and marks (for unigram, also for every
@@ -247,6 +247,10 @@ def _unigram_pieces(texts: Iterable[str], *, most: int) -> list[tuple[str, float
     learner.train_from_iterator(_few_characters(texts, most=most), trainer=trainer)
     learned = json.loads(learner.to_str())["model"]["vocab"]
     pieces = [(piece, round(score, 4)) for piece, score in learned if piece not in UNIGRAM_RESERVED]
+    # Characters that earned no place are kept all the same, 1e-4 apart from the lowest score up in a random order.
+    lowest = min(score for _, score in pieces)
+    random_below = lowest + 1e-4 * sum(len(piece) == 1 for piece, _ in pieces)
+    pieces = [(piece, lowest if len(piece) == 1 and score < random_below else score) for piece, score in pieces]
     return sorted(pieces, key=lambda entry: (-entry[1], entry[0]))
 
 

@@ -92,18 +92,67 @@ def train_coca(strategy: Strategy, *, optimizer: Optimizer, steps: int) -> dict[
     }
 
 
-def train_all() -> list[dict[str, Any]]:
-    """Both strategies with both optimizers; runs on ranks."""
-    return [
+class Toy(nn.Module):
+    """Calls one of its own methods in its forward, and has a scalar weight, which FSDP2 does not shard."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3)])
+        self.first, self.last = nn.Linear(2, 3), nn.Linear(3, 1)
+        self.factor = nn.Parameter(torch.tensor(0.5))
+        self.is_forward_running: bool | None = None
+
+    def head(self, x: Tensor) -> Tensor:
+        return self.factor * self.last(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.head(self.layers[0](self.first(x)).tanh())
+        if world_size() > 1:  # by FSDP2's own account, which nothing public tells
+            self.is_forward_running = self._get_fsdp_state()._state_ctx.iter_forward_root is not None
+        return out
+
+
+def accumulate_gradients() -> tuple[dict[str, Tensor], bool | None]:
+    """The gradients of two backward passes together, and whether FSDP2 took the end of `head` for the forward's."""
+    torch.manual_seed(0)
+    model = parallelize(Toy(), strategy="fsdp2", methods=("head",))
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(2):
+        x = torch.randn(4, 2, generator=generator)
+        own = x if world_size() == 1 else x[2 * rank() : 2 * rank() + 2]
+        model(own).square().mean().backward()
+    gradients = {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, model.is_forward_running
+
+
+def train_all() -> tuple[list[dict[str, Any]], tuple[dict[str, Tensor], bool | None]]:
+    """Both strategies with both optimizers, and the toy; runs on ranks."""
+    coca = [
         train_coca(strategy, optimizer=optimizer, steps=steps)
         for strategy in ("ddp", "fsdp2")
         for optimizer, steps in RUNS
     ]
+    return coca, accumulate_gradients()
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[Any]:
+    """What `train_all` gives on each of two ranks."""
+    return on_ranks(train_all)
 
 
 @pytest.mark.slow
-def test_coca_on_two_ranks_equals_one_process() -> None:
-    ranks = on_ranks(train_all)
+def test_accumulated_gradients_are_means_too_and_methods_end_no_forward(two_ranks: list[Any]) -> None:
+    expected, _ = accumulate_gradients()
+    assert len(expected) == 7 and min(float(gradient.abs().max()) for gradient in expected.values()) > 1e-3
+    for _, (gradients, is_forward_running) in two_ranks:
+        torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
+        assert is_forward_running is True
+
+
+@pytest.mark.slow
+def test_coca_on_two_ranks_equals_one_process(two_ranks: list[Any]) -> None:
+    ranks = [coca for coca, _ in two_ranks]
     alone = [train_coca("ddp", optimizer=optimizer, steps=steps) for optimizer, steps in RUNS] * 2
     for run, (reference, *results) in enumerate(zip(alone, *ranks, strict=True)):
         strategy = ("ddp", "fsdp2")[run // 2]

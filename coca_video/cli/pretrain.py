@@ -1,5 +1,6 @@
 """`coca-video pretrain CONFIG.py`: CoCa's image-text stage."""
 
+import os
 from collections.abc import Sequence
 
 from coca_video.cli.arguments import load_config, print_config_help, say, wants_help
@@ -15,12 +16,15 @@ def run(arguments: Sequence[str]) -> int:
 
     config = load_config(PretrainConfig, verb="pretrain", arguments=arguments)
     result = run_pretraining(config)
+    status = 1 if result.num_unreadable else 0
+    if os.environ.get("RANK", "0") != "0":  # torchrun's other ranks have the same to say
+        return status
     for name, value in result.metrics.items():
         print(f"{name:<28} {value:.4f}")
     if result.num_unreadable:
         say(f"{result.num_unreadable} pairs could not be read; they are listed in {config.out / 'unreadable.csv'}.")
     say(f"The model is in {result.model_folder}. A probe on it: --encoder.model {config.out}")
-    return 1 if result.num_unreadable else 0
+    return status
 
 
 def _no_config() -> int:

@@ -141,7 +141,7 @@ def _coco_captions(file: Path) -> Iterator[str]:
 
 
 def _print_counts(tokenizer: "Tokenizer", *, lines: TextIO, num_captions: int) -> None:
-    """Size of the vocabulary and lengths of the captions. The 99th percentile: 99% of captions have so many or fewer."""
+    """Size of the vocabulary, and tokens a caption: the mean, and how many 99% of the captions do not exceed."""
     import numpy as np
 
     from coca_video.train.loop import progress_bar

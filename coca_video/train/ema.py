@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
@@ -31,7 +32,13 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Draws the averages towards the weights that update `step` (from 0) has just made."""
-        torch._foreach_lerp_(list(self.averages.values()), self._parameters, weight=1 - self.decay_at(step))
+        pairs = list(zip(self.averages.values(), self._parameters, strict=True))
+        # A foreach kernel takes tensors of one kind, and where weights are sharded some are not.
+        for sharded in (True, False):
+            of_kind = [pair for pair in pairs if isinstance(pair[0], DTensor) == sharded]
+            if of_kind:
+                averages, parameters = zip(*of_kind, strict=True)
+                torch._foreach_lerp_(averages, parameters, weight=1 - self.decay_at(step))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

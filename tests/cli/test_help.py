@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "torchvision", "timm", "av", "decord", "matplotlib"}
-VERBS = ("pretrain", "probe", "evaluate", "predict", "quickstart")
+HEAVY = {"torch", "torchvision", "timm", "av", "decord", "matplotlib", "tokenizers", "huggingface_hub", "tensorboard"}
+VERBS = ("tokenizer", "pretrain", "probe", "evaluate", "predict", "caption", "quickstart")
 
 # writes the names of the loaded modules to the file named first, then exits as the program did
 PROGRAM = """

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 
+from coca_video.models import vocabulary
 from coca_video.models.vocabulary import TokenLoss, VocabularyProjection, token_loss
 from tests.ranks import on_ranks
 
@@ -65,7 +66,11 @@ def test_fp32_is_within_rounding_of_float64() -> None:
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16])
-def test_bf16_autocast_errs_no_more_than_the_plain_way(hidden_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("block_elements", [1, 40 * WIDTH, vocabulary.BLOCK_ELEMENTS])
+def test_bf16_autocast_errs_no_more_than_the_plain_way(
+    hidden_dtype: torch.dtype, block_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocabulary, "BLOCK_ELEMENTS", block_elements)
     hidden, weight, targets = make_inputs(torch.float32, tokens=200)
     hidden = hidden.detach().to(hidden_dtype).requires_grad_()
     whole = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]

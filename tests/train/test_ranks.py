@@ -20,13 +20,13 @@ Strategy = Literal["ddp", "fsdp2"]
 STEPS, FIRST_PART = 6, 3
 
 
-def config_of(pictures: Path, out: Path, *, strategy: Strategy = "ddp", ema_decay: float | None = None) -> Any:
+def config_of(pictures: Path, out: Path, *, strategy: Strategy, optim: OptimConfig) -> PretrainConfig:
     """Batches of 7: ranks hold 3 and 4 pairs, with captions of different lengths."""
     return PretrainConfig(
         model=CoCaConfig.tiny(),
         pairs=PairsConfig(train=pictures, test=pictures),
         out=out,
-        optim=OptimConfig(learning_rate=1e-3, warmup_steps=2, ema_decay=ema_decay),
+        optim=optim,
         loop=LoopConfig(
             steps=STEPS, batch_size=7, log_every=2, checkpoint_every=FIRST_PART, evaluate_every=4, strategy=strategy
         ),
@@ -34,12 +34,12 @@ def config_of(pictures: Path, out: Path, *, strategy: Strategy = "ddp", ema_deca
     )
 
 
-def run_all(config: PretrainConfig) -> dict[str, float]:
-    return run_pretraining(config).metrics
+def run_whole_and_first_part(config: PretrainConfig, *, half: Path) -> tuple[dict[str, float], str]:
+    """A whole run, and one in `half` that dies in the step after its first checkpoint."""
+    return run_pretraining(config).metrics, run_first_part(replace(config, out=half))
 
 
 def run_first_part(config: PretrainConfig) -> str:
-    """Dies in the step after the first checkpoint."""
     step, calls = pretrain.coca_step, []
 
     def dying(*args: Any, **kwargs: Any) -> Any:
@@ -81,13 +81,31 @@ def assert_same_run(out: Path, *, expected: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "ema_decay"), [("ddp", None), ("fsdp2", 0.9)])
-def test_two_ranks_train_as_one(pictures: Path, tmp_path: Path, strategy: Strategy, ema_decay: float | None) -> None:
-    config = config_of(pictures, tmp_path / "one", strategy=strategy, ema_decay=ema_decay)
+@pytest.mark.parametrize(
+    ("strategy", "optim"),
+    [
+        ("ddp", OptimConfig(learning_rate=1e-3, warmup_steps=2)),
+        (
+            "fsdp2",
+            OptimConfig(
+                algorithm="adafactor",
+                learning_rate=1e-3,
+                warmup_steps=2,
+                beta2=0.999,
+                ema_decay=0.9,
+                rate_factors={"encoder": 0.5},
+            ),
+        ),
+    ],
+    ids=["ddp", "fsdp2"],
+)
+def test_two_ranks_train_as_one(pictures: Path, tmp_path: Path, strategy: Strategy, optim: OptimConfig) -> None:
+    config = config_of(pictures, tmp_path / "one", strategy=strategy, optim=optim)
     run_pretraining(config)
-    metrics = on_ranks(run_all, config=replace(config, out=tmp_path / "two"))
-    assert metrics[0] == metrics[1]
+    (metrics, death), others = on_ranks(
+        run_whole_and_first_part, config=replace(config, out=tmp_path / "two"), half=tmp_path / "half"
+    )
+    assert others == (metrics, "the lights went out") == (metrics, death)
     assert_same_run(tmp_path / "two", expected=tmp_path / "one")
-    assert on_ranks(run_first_part, config=replace(config, out=tmp_path / "half")) == ["the lights went out"] * 2
     run_pretraining(replace(config, out=tmp_path / "half"))  # on one process: the number of ranks may change
     assert_same_run(tmp_path / "half", expected=tmp_path / "one")

@@ -1,6 +1,7 @@
 """Pretraining: it learns, its options do something, its figures are those of the saved model."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,8 +62,14 @@ def test_overfits_a_few_pictures(config: PretrainConfig, pictures: Path) -> None
     "changed",
     [
         {"contrastive_weight": 0.5},
+        {"contrastive_reduction": "mean"},
         {"caption_weight": 1.0},
+        {"z_loss_weight": 1e-3},
         {"model": replace(CoCaConfig.tiny(), num_queries=4)},
+        {"model": replace(CoCaConfig.tiny(), poolers="parallel")},
+        {"model": replace(CoCaConfig.tiny(), poolers="open_clip")},
+        {"model": replace(CoCaConfig.tiny(), pooler_heads=2)},
+        {"model": replace(CoCaConfig.tiny(), image=replace(CoCaConfig.tiny().image, interpolation="bicubic"))},
         *(
             {"model": replace(CoCaConfig.tiny(), text=replace(CoCaConfig.tiny().text, **{name: value}))}
             for name, value in (
@@ -73,6 +80,8 @@ def test_overfits_a_few_pictures(config: PretrainConfig, pictures: Path) -> None
                 ("num_multimodal_layers", 2),
                 ("vocab_size", 400),
                 ("max_length", 8),
+                ("multimodal_layer", "open_clip"),
+                ("cls_mask", "open_clip"),
             )
         ),
         {"loop": LoopConfig(steps=3, batch_size=8, log_every=1, precision="bf16")},
@@ -94,7 +103,7 @@ def test_every_option_changes_the_losses(config: PretrainConfig, tmp_path: Path,
 
 def test_a_given_tokenizer_is_used(config: PretrainConfig, tmp_path: Path) -> None:
     run_pretraining(config)
-    given = replace(config, tokenizer=config.out / "tokenizer.json", out=tmp_path / "given")
+    given = replace(config, tokenizer=str(config.out / "tokenizer.json"), out=tmp_path / "given")
     run_pretraining(given)
     assert (given.out / "tokenizer.json").read_text() == (config.out / "tokenizer.json").read_text()
     text = replace(config.model.text, vocab_size=300)
@@ -103,6 +112,26 @@ def test_a_given_tokenizer_is_used(config: PretrainConfig, tmp_path: Path) -> No
         ValueError, match=r"The tokenizer has \d+ ids and the model takes 300; set --model.text.vocab-size"
     ):
         run_pretraining(small)
+
+
+def test_clips_vocabulary_by_its_name(config: PretrainConfig) -> None:
+    text = replace(config.model.text, vocab_size=49_408)
+    run_pretraining(replace(config, tokenizer="clip", model=replace(config.model, text=text)))
+    saved = load(config.out)
+    assert saved.tokenizer is not None and saved.tokenizer.max_length == text.max_length
+    assert saved.tokenizer.encode(["a dog"])[0].tolist() == [[49406, 320, 1929, 49407]]
+
+
+def test_reduction_and_z_loss_in_the_logged_losses(config: PretrainConfig) -> None:
+    """At a rate of (nearly) zero: the mean is half the sum, and the z-loss is in the loss but not in the caption's."""
+    still = replace(config, optim=OptimConfig(learning_rate=1e-12, warmup_steps=0))
+    run_pretraining(still)
+    run_pretraining(replace(still, contrastive_reduction="mean", z_loss_weight=1e-3, out=config.out / "other"))
+    for summed, mean in zip(records(config.out), records(config.out / "other"), strict=True):
+        assert mean["contrastive_loss"] == pytest.approx(summed["contrastive_loss"] / 2, rel=1e-6)
+        assert mean["caption_loss"] == pytest.approx(summed["caption_loss"], rel=1e-6)
+        z_loss = (mean["loss"] - mean["contrastive_loss"]) / 2 - mean["caption_loss"]
+        assert z_loss == pytest.approx(1e-3 * math.log(512) ** 2, rel=0.3)  # logits near 0: log Z is near log V
 
 
 def test_divergence_stops_with_a_sentence_and_keeps_no_broken_checkpoint(config: PretrainConfig) -> None:
@@ -116,5 +145,11 @@ def test_weights_of_zero_are_refused(config: PretrainConfig) -> None:
         run_pretraining(replace(config, contrastive_weight=0.0, caption_weight=0.0))
     with pytest.raises(ValueError, match=r"Loss weights must be 0 or more; got -1.0 and 2.0"):
         run_pretraining(replace(config, contrastive_weight=-1.0))
+    with pytest.raises(ValueError, match=r"--z-loss-weight must be 0 or more; got -1.0"):
+        run_pretraining(replace(config, z_loss_weight=-1.0))
+    with pytest.raises(ValueError, match=r"--z-loss-weight does nothing where --caption-weight is 0; leave one out"):
+        run_pretraining(replace(config, z_loss_weight=1e-5, caption_weight=0.0))
+    with pytest.raises(ValueError, match=r"--contrastive-reduction does nothing where --contrastive-weight is 0"):
+        run_pretraining(replace(config, contrastive_reduction="mean", contrastive_weight=0.0))
     with pytest.raises(ValueError, match=r"--loop.evaluate-every does nothing without --pairs.test"):
         run_pretraining(replace(config, loop=replace(config.loop, evaluate_every=1)))

@@ -7,15 +7,23 @@ from pathlib import Path
 import pytest
 
 from coca_video.cli.arguments import load_config, parse_options
+from coca_video.cli.caption import CaptionOptions
 from coca_video.cli.evaluate import EvaluateOptions
 from coca_video.cli.predict import PredictOptions
 from coca_video.cli.quickstart import QuickstartOptions
+from coca_video.cli.tokenizer import TokenizerOptions
 from coca_video.train.classify import ProbeConfig
 from coca_video.train.pretrain import PretrainConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}
-OPTIONS = {"evaluate": EvaluateOptions, "predict": PredictOptions, "quickstart": QuickstartOptions}
+OPTIONS = {
+    "caption": CaptionOptions,
+    "evaluate": EvaluateOptions,
+    "predict": PredictOptions,
+    "quickstart": QuickstartOptions,
+    "tokenizer": TokenizerOptions,
+}
 
 
 def commands() -> list[str]:
@@ -39,4 +47,4 @@ def test_command_parses(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_there_are_commands_for_every_verb_but_quickstart() -> None:
-    assert {shlex.split(command)[1] for command in commands()} >= {"pretrain", "probe", "evaluate", "predict"}
+    assert {shlex.split(command)[1] for command in commands()} >= (CONFIGS.keys() | OPTIONS.keys()) - {"quickstart"}

@@ -62,7 +62,7 @@ def train_coca(strategy: Strategy, *, optimizer: Optimizer, steps: int) -> dict[
         {"params": [p for p in trainable if isinstance(p, DTensor) is sharded]} for sharded in (True, False)
     ]
     own_optimizer = (
-        torch.optim.SGD(groups, lr=0.3, fused=True)
+        torch.optim.SGD(groups, lr=0.3)
         if optimizer == "sgd"
         else torch.optim.AdamW(groups, lr=1e-3, eps=1e-4, fused=True)
     )

@@ -78,12 +78,14 @@ def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Opt
     with a factor of 0 are frozen: their requires_grad is turned off. ValueError for a name in `rate_factors` that
     decides on no trainable parameter, and where nothing is left to train.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for parameter, factor in _factors_by_parameter(model, rate_factors=config.rate_factors):
         if factor == 0:
             parameter.requires_grad_(False)
         else:
-            groups.setdefault((factor, parameter.ndim >= 2), []).append(parameter)
+            # A fused kernel takes sharded weights or whole ones, not both.
+            kind = (factor, parameter.ndim >= 2, isinstance(parameter, DTensor))
+            groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise ValueError("Expected something to train; every parameter is frozen, so free some (--optim.rate-factors).")
     options = [
@@ -93,7 +95,7 @@ def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Opt
             "lr": config.learning_rate * factor,
             "rate_factor": factor,
         }
-        for (factor, decays), parameters in groups.items()
+        for (factor, decays, _), parameters in groups.items()
     ]
     match config.algorithm:
         case "adamw":

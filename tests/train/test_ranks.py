@@ -85,6 +85,7 @@ def assert_same_run(out: Path, *, expected: Path) -> None:
     ("strategy", "optim"),
     [
         ("ddp", OptimConfig(learning_rate=1e-3, warmup_steps=2)),
+        ("fsdp2", OptimConfig(learning_rate=1e-3, warmup_steps=2)),
         (
             "fsdp2",
             OptimConfig(
@@ -97,7 +98,7 @@ def assert_same_run(out: Path, *, expected: Path) -> None:
             ),
         ),
     ],
-    ids=["ddp", "fsdp2"],
+    ids=["ddp", "fsdp2", "fsdp2 adafactor"],
 )
 def test_two_ranks_train_as_one(pictures: Path, tmp_path: Path, strategy: Strategy, optim: OptimConfig) -> None:
     config = config_of(pictures, tmp_path / "one", strategy=strategy, optim=optim)

@@ -187,13 +187,20 @@ def parallelize(model: nn.Module, *, strategy: Strategy, methods: tuple[str, ...
             return _shard(model, methods=methods)
 
 
+def stays_whole(parameter: Tensor) -> bool:
+    """Whether fsdp2 leaves a parameter whole on every rank: a scalar, or a tensor of one row.
+
+    A scalar cannot be sharded; a row that is (a position embedding [1, tokens, dim]), Adafactor cannot factor.
+    """
+    return parameter.ndim == 0 or len(parameter) == 1
+
+
 def _shard(model: nn.Module, *, methods: tuple[str, ...]) -> nn.Module:
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
-    # A scalar cannot be sharded, and a tensor of one row (a position embedding [1, tokens, dim]) that is, Adafactor
-    # cannot factor: every rank keeps these whole, and their gradients are averaged as DDP would.
-    whole = {parameter for parameter in model.parameters() if parameter.ndim == 0 or len(parameter) == 1}
+    # Every rank has the gradients of its own for what stays whole: they are averaged as DDP would.
+    whole = {parameter for parameter in model.parameters() if stays_whole(parameter)}
     for parameter in whole:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]

@@ -9,6 +9,8 @@ from timm.optim.adafactor_bv import AdafactorBigVision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from coca_video.distributed import stays_whole
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -83,8 +85,8 @@ def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Opt
         if factor == 0:
             parameter.requires_grad_(False)
         else:
-            # A fused kernel takes sharded weights or whole ones, not both.
-            kind = (factor, parameter.ndim >= 2, isinstance(parameter, DTensor))
+            # A fused kernel takes sharded weights or whole ones, not both; groups are the same for any number of ranks.
+            kind = (factor, parameter.ndim >= 2, stays_whole(parameter))
             groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise ValueError("Expected something to train; every parameter is frozen, so free some (--optim.rate-factors).")

@@ -1,16 +1,6 @@
 """Attentional pooling (CoCa section 3.2): learned queries attend over tokens. One query is pooled folded, without keys.
 
-The fold. Keys and values are linear in the normalised token z_i = gamma * (x_i - mu_i) * r_i + beta, with mu_i the
-mean of token i over its features and r_i its inverse deviation. With one query q (head h, width d_h, key matrix W_K):
-
-    u_h  = gamma * (W_K,h^T q_h) / sqrt(d_h),  made mean-free over features
-    s_ih = r_i (u_h . x_i)                     beta, b_K and mu_i add the same to every i or cancel: softmax drops them
-    m_h  = sum_i softmax_i(s_ih) r_i x_i
-    p_h  = gamma * (m_h - mean(m_h)) + beta    the pooled z, since the weights of softmax sum to one
-    o_h  = W_V,h p_h + b_V,h
-
-so two thin products over the raw tokens replace the layer norm, the key and the value projection of every token: the
-12 N d^2 operations of a training step become 8 N d H. Parameters and state dict are those of the ordinary module.
+models/pooler_fold.py states the fold. Parameters and state dict are those of the ordinary module on both paths.
 """
 
 import torch
@@ -18,19 +8,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from coca_video.models.attention import Attention, init_linear_layers
-
-# E[x^2] - mean^2 is the fast variance (0.95 ms a clip against 6.1 for layer_norm), and loses digits where a token's
-# mean dwarfs its deviation; so do both products. Past this ratio of mean^2 to variance tokens are centred first: at a
-# mean of 10 deviations fp32 was off by 2e-5, and bf16, with two digits, doubled its error at 3.
-MAX_MEAN_SQUARE_OVER_VARIANCE = 4.0
-MAX_MEAN_SQUARE_OVER_VARIANCE_HALF = 0.1
+from coca_video.models.pooler_fold import folded_pool
 
 
 class AttentionalPooler(nn.Module):
     """One multi-head attention layer with `num_queries` learned queries over a set of tokens.
 
     Layer norms on queries, on tokens and on the output, as in open_clip's pooler; the paper names none.
-    With one query the folded path above is taken; with more, the ordinary one.
+    With one query the folded path is taken; with more, the ordinary one.
     """
 
     def __init__(self, dim: int, *, num_heads: int, num_queries: int, context_dim: int | None = None) -> None:
@@ -77,12 +62,7 @@ class AttentionalPooler(nn.Module):
         """
         # Under autocast the small matrices would be rounded to bf16 before they are folded: keep them whole.
         with torch.autocast(device_type=tokens.device.type, enabled=False):
-            tokens, rstd = _centre_where_needed(tokens, eps=self.norm_context.eps)
-            scores = (tokens @ self._folded_query().to(tokens.dtype).T).transpose(1, 2) * rstd.unsqueeze(1)
-            if mask is not None:
-                scores = scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
-            weights = scores.softmax(dim=-1) * rstd.unsqueeze(1)
-            pooled = weights.to(tokens.dtype) @ tokens
+            pooled = folded_pool(tokens, query=self._folded_query(), mask=mask, eps=self.norm_context.eps)
             return self._folded_output(pooled.to(self.query.dtype))
 
     def _folded_query(self) -> Float[Tensor, "heads context_dim"]:
@@ -104,30 +84,3 @@ class AttentionalPooler(nn.Module):
         values = torch.einsum("bhc,hdc->bhd", normed, value_weight).flatten(1) + attention.v_proj.bias
         out: Tensor = attention.out_proj(values).unsqueeze(1)
         return out
-
-
-def _centre_where_needed(
-    tokens: Float[Tensor, "batch tokens dim"], *, eps: float
-) -> tuple[Float[Tensor, "batch tokens dim"], Float[Tensor, "batch tokens"]]:
-    """The tokens and their inverse deviation; the tokens lose their means if those are too large to compute beside.
-
-    Layer norm does not change when a constant is taken from a token, so the constant needs no gradient. On the CPU the
-    test for it is free; elsewhere it would stall the device's queue, so there tokens are always centred.
-    """
-    mean, variance = _row_statistics(tokens)
-    half = tokens.dtype in (torch.bfloat16, torch.float16)
-    allowed = MAX_MEAN_SQUARE_OVER_VARIANCE_HALF if half else MAX_MEAN_SQUARE_OVER_VARIANCE
-    if tokens.device.type != "cpu" or bool((mean.square() > allowed * variance).any()):
-        tokens = tokens - mean.detach().unsqueeze(-1).to(tokens.dtype)
-        mean, variance = _row_statistics(tokens)
-    return tokens, (variance + eps).rsqrt()
-
-
-def _row_statistics(
-    tokens: Float[Tensor, "batch tokens dim"],
-) -> tuple[Float[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
-    """Mean and biased variance of each token over its features, in fp32 or float64."""
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    mean = tokens.mean(dim=-1, dtype=dtype)
-    mean_square = torch.linalg.vector_norm(tokens, dim=-1, dtype=dtype).square() / tokens.shape[-1]
-    return mean, (mean_square - mean.square()).clamp(min=0)

@@ -110,7 +110,7 @@ def test_results_of_other_facts_are_not_overwritten(model: VideoClassifier, mani
 
 def test_predict_and_evaluate_agree(model: VideoClassifier, manifest: Manifest, tmp_path: Path) -> None:
     save(tmp_path / "model", model=model, classes=manifest.classes)
-    predictor = load_predictor(tmp_path / "model", num_frames=None, decoder="auto", device=CPU)
+    predictor = load_predictor(str(tmp_path / "model"), num_frames=None, decoder="auto", device=CPU)
     result = evaluate(model, manifest, batch_size=16)
     for row in manifest.rows[:5]:
         scores = result.scores[result.video_ids.index(row.video_id)]

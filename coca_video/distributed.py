@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -97,6 +98,18 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Runs `action` on rank 0 while the others wait; its ValueError or OSError is raised on every rank."""
+    wrong: ValueError | OSError | None = None
+    if is_main():
+        try:
+            action()
+        except (ValueError, OSError) as error:
+            wrong = error
+    if (wrong := gather_objects(wrong)[0]) is not None:
+        raise wrong
 
 
 def sum_over_ranks(tensor: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
@@ -196,6 +209,8 @@ def stays_whole(parameter: Tensor) -> bool:
 
 
 def _shard(model: nn.Module, *, methods: tuple[str, ...]) -> nn.Module:
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError("The model has batch norms, whose statistics fsdp2 would leave apart on every rank; take ddp.")
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor, src=0)
@@ -205,7 +220,7 @@ def _shard(model: nn.Module, *, methods: tuple[str, ...]) -> nn.Module:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_average_gradient)  # type: ignore[no-untyped-call]
     mesh = init_device_mesh(next(model.parameters()).device.type, (world_size(),))
-    for block in _blocks(model):
+    for block in reversed(list(_blocks(model))):  # a block inside a block (Swin) comes before it
         fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(model, mesh=mesh, ignored_params=whole)
     _gather_weights_for(model, methods=methods)

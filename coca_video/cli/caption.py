@@ -178,7 +178,9 @@ def _generate_config(options: CaptionOptions, *, room: int) -> "GenerateConfig":
 
     return GenerateConfig(
         method=options.method,
-        max_length=min(DEFAULT_MAX_LENGTH, room) if options.max_length is None else options.max_length,
+        max_length=min(max(DEFAULT_MAX_LENGTH, options.min_length), room)
+        if options.max_length is None
+        else options.max_length,
         min_length=options.min_length,
         repetition_penalty=options.repetition_penalty,
         temperature=options.temperature,

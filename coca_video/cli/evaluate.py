@@ -51,9 +51,9 @@ def run(arguments: Sequence[str]) -> int:
     from coca_video.models.coca import CoCa
     from coca_video.models.image import ImageEncoder
 
-    saved = load(options.model)
-    if options.out is None and not Path(options.model).is_dir():
+    if options.out is None and ":" in options.model and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is no folder that could take the result; say where with --out DIR.")
+    saved = load(options.model)
     if isinstance(saved.model, ImageEncoder):
         raise ValueError(f"{options.model} is an image encoder alone, which names nothing; train a probe on it first.")
     if isinstance(saved.model, CoCa):

@@ -164,8 +164,9 @@ def generate_from_tokens(
             decoder, prompt=seen, constraints=constraints, num_beams=num_beams, length_penalty=config.length_penalty
         )
     else:
-        sampler = _Sampler(config, keys=range(batch) if keys is None else keys, device=device)
-        choose = sampler if config.method == "sample" else _most_probable
+        choose: Callable[[Tensor, Tensor, int], Tensor] = _most_probable
+        if config.method == "sample":
+            choose = _Sampler(config, keys=range(batch) if keys is None else keys, device=device)
         result = _extend(decoder, prompt=seen, constraints=constraints, choose=choose)
     if not result.log_probability.isfinite().all():
         raise ValueError("Some scores of the model are not finite, so its weights or the images are broken.")

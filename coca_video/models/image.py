@@ -108,7 +108,9 @@ class ImageEncoder(nn.Module):
             raise ValueError(_no_tokens(self.config))
         if features.ndim == 4:
             is_channels_last = getattr(self.model, "output_fmt", "NCHW") == "NHWC"
-            return features.flatten(1, 2) if is_channels_last else features.flatten(2).transpose(1, 2)
+            features = features.flatten(1, 2) if is_channels_last else features.flatten(2).transpose(1, 2)
+        if features.shape[-1] != self.width:  # SelecSLS calls a part of its backbone a head
+            raise ValueError(_no_tokens(self.config))
         return features if prefix_tokens else features[:, getattr(self.model, "num_prefix_tokens", 0) :]
 
 

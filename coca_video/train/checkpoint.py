@@ -15,7 +15,7 @@ from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from coca_video.distributed import barrier, is_main, world_size
+from coca_video.distributed import on_main, world_size
 
 # Frozen weights come from where the run took them (and are compared by fingerprint), so they are not written again.
 TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -52,23 +52,25 @@ class Checkpoints:
         weights, into a folder that all of them see; rank 0 renames it when all are done.
         """
         partial, final = self.folder / ".partial", self.folder / f"step-{step:08d}"
-        if is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-        barrier()
+        on_main(lambda: self._begin(partial))
         model_state, optimizer_state = get_state_dict(model, optimizer, options=TRAINABLE)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state, "step": step, "extra": extra}
         if averages is not None:
             state["averages"] = averages
         with _one_process():
             state_dict_saver.save(state, checkpoint_id=partial, no_dist=world_size() == 1)
-        if is_main():
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            for old in self._whole()[:-NUM_KEPT]:
-                shutil.rmtree(old)
-        barrier()
+        on_main(lambda: self._finish(partial, final=final))
+
+    def _begin(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+    def _finish(self, partial: Path, *, final: Path) -> None:
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        for old in self._whole()[:-NUM_KEPT]:
+            shutil.rmtree(old)
 
     def restore(
         self,

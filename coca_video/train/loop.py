@@ -134,13 +134,14 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
         progress_bar("training", total=config.steps, initial=first) as bar,
     ):
         for step, (batch, unreadable) in zip(range(first, config.steps), window.timed(stream), strict=True):
+            window.rate = learning_rate(step, config=optim, total_steps=config.steps)
             _note_unreadable(unreadable, window=window, run=run)
             if any_rank(batch is None):  # where a rank has nothing to learn from, the others would wait for it
                 window.empty_steps += 1
                 _check_something_was_read(window, run=run, dataset_size=len(training.dataset))
             else:
                 samples = own_samples - len(unreadable)
-                _one_step(training, batch, num_samples=samples, step=step, window=window, config=config, optim=optim)
+                _one_step(training, batch, num_samples=samples, step=step, window=window, config=config)
                 if average is not None:
                     average.update(step)
             stop = any_rank(stop_requested())
@@ -189,9 +190,7 @@ def _one_step(
     step: int,
     window: Window,
     config: LoopConfig,
-    optim: OptimConfig,
 ) -> None:
-    window.rate = learning_rate(step, config=optim, total_steps=config.steps)
     set_learning_rate(training.optimizer, rate=window.rate)
     torch.manual_seed(config.seed * 1_000_003 + step)
     window.add(training.step(batch), samples=num_samples)

@@ -73,6 +73,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, *, rate: float) -> None:
         group["lr"] = rate * group["rate_factor"]
 
 
+def freeze(model: nn.Module, *, config: OptimConfig) -> None:
+    """Turns requires_grad off where the rate factor is 0: before `parallelize`: DDP waits for all it found free."""
+    for parameter, factor in _factors_by_parameter(model, rate_factors=config.rate_factors):
+        if factor == 0:
+            parameter.requires_grad_(False)
+
+
 def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Optimizer:
     """An optimizer of the trainable parameters: decay for matrices and larger, none for biases, norms and scales.
 
@@ -129,12 +136,13 @@ def _factors_by_parameter(model: nn.Module, *, rate_factors: dict[str, float]) -
     used: set[str] = set()
     found: list[tuple[nn.Parameter, float]] = []
     for name, parameter in model.named_parameters():
+        prefixes = [prefix for prefix in rate_factors if f"{name}.".startswith(f"{prefix}.")]
+        longest = max(prefixes, key=len, default=None)
+        factor = 1.0 if longest is None else rate_factors[longest]
+        if longest is not None and (parameter.requires_grad or factor == 0):  # `freeze` may have been here
+            used.add(longest)
         if parameter.requires_grad:
-            prefixes = [prefix for prefix in rate_factors if f"{name}.".startswith(f"{prefix}.")]
-            longest = max(prefixes, key=len, default=None)
-            if longest is not None:
-                used.add(longest)
-            found.append((parameter, 1.0 if longest is None else rate_factors[longest]))
+            found.append((parameter, factor))
     if unused := sorted(rate_factors.keys() - used):
         parts = sorted({name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad})
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from coca_video.data.image_text import Pair, PairDataset, open_shards
 from coca_video.data.transforms import normalize
-from coca_video.distributed import barrier, is_main, parallelize, start_from_environment, whole_model
+from coca_video.distributed import on_main, parallelize, start_from_environment, whole_model
 from coca_video.eval.retrieval import evaluate_retrieval
 from coca_video.hub import TOKENIZER, save
 from coca_video.losses import contrastive_loss, global_mean
@@ -20,7 +20,7 @@ from coca_video.models.coca import CoCa, CoCaConfig
 from coca_video.models.image import TimmConfig, VitConfig
 from coca_video.tokenizer import Tokenizer, clip_tokenizer, train_tokenizer
 from coca_video.train.loop import Device, LoopConfig, Training, pick_device, progress_bar, run_loop
-from coca_video.train.optim import OptimConfig, build_optimizer, update
+from coca_video.train.optim import OptimConfig, build_optimizer, freeze, update
 from coca_video.train.precision import autocast
 from coca_video.train.run import Run
 from coca_video.train.window import Sum, one_of_ranks
@@ -154,6 +154,7 @@ def _run(config: PretrainConfig, *, device: torch.device) -> PretrainResult:
     tokenizer = _tokenizer(dataset, config=config, run=run)
     torch.manual_seed(config.loop.seed)
     model = CoCa(config.model).to(device)
+    freeze(model, config=config.optim)
     parallel = parallelize(model, strategy=config.loop.strategy, methods=("encode_image", "encode_text"))
     optimizer = build_optimizer(model, config=config.optim)
     training = Training(
@@ -167,9 +168,7 @@ def _run(config: PretrainConfig, *, device: torch.device) -> PretrainResult:
     )
     run_loop(training, config=config.loop, optim=config.optim, run=run)
     whole = whole_model(model, fresh=lambda: CoCa(config.model))
-    if is_main():
-        save(run.model_folder, model=whole, tokenizer=tokenizer)
-    barrier()
+    on_main(lambda: save(run.model_folder, model=whole, tokenizer=tokenizer))
     return _finished(run)
 
 
@@ -219,9 +218,7 @@ def _check_options(config: PretrainConfig) -> None:
 def _tokenizer(dataset: PairDataset, *, config: PretrainConfig, run: Run) -> Tokenizer:
     """The run's own from an earlier start, else the given one, else one trained on the captions; kept in the run."""
     path = run.folder / TOKENIZER
-    if not path.is_file() and is_main():
-        _new_tokenizer(dataset, config=config).save(path)
-    barrier()
+    on_main(lambda: None if path.is_file() else _new_tokenizer(dataset, config=config).save(path))
     return Tokenizer.load(path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from coca_video.config import differing_fields, to_json
 from coca_video.data.loader import Unreadable
-from coca_video.distributed import gather_objects, is_main
+from coca_video.distributed import is_main, on_main
 from coca_video.hub import TOKENIZER
 from coca_video.train.checkpoint import Checkpoints
 from coca_video.train.log import RunLog, draw_curves
@@ -29,19 +29,17 @@ class Run:
         self.folder = folder
         self.checkpoints = Checkpoints(folder / "checkpoints")
         self.log = RunLog(folder / "metrics.jsonl")
-        found = gather_objects(self._open({**to_json(config), **(identity or {})}) if is_main() else None)
-        if wrong := next(filter(None, found), None):
-            raise ValueError(wrong)
+        on_main(lambda: self._open({**to_json(config), **(identity or {})}))
         self.unreadable = read_unreadable(folder / UNREADABLE)
 
-    def _open(self, resolved: dict[str, Any]) -> str | None:
-        """Makes the folder and writes the config; returns what is wrong, if something is."""
+    def _open(self, resolved: dict[str, Any]) -> None:
+        """Makes the folder and writes the config; ValueError if it is of a run with another one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.json"
         before = json.loads(path.read_text()) if path.is_file() else resolved
         differing = differing_fields(before, resolved, ignored=FREE_TO_CHANGE)
         if differing and (self.checkpoints.newest() is not None or self.is_finished):
-            return (
+            raise ValueError(
                 f"The run {self.folder} was started with other settings ({'; '.join(differing)}). "
                 "Give the same ones to go on with it, or another --out for a new run."
             )
@@ -50,7 +48,6 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
             self.log.remove()
         write_atomically(path, json.dumps(resolved, indent=2) + "\n")
-        return None
 
     @property
     def model_folder(self) -> Path:

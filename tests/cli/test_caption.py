@@ -173,7 +173,7 @@ def test_unreadable_files_are_named_and_the_others_captioned(
             ["FILE", "--max-length", "40"],
             "BEGIN and prompt (1) with max_length 40 must fit the text decoder's 32 tokens",
         ),
-        (["FILE", "--min-length", "31"], "max_length must be at least min_length (31); got 30."),
+        (["FILE", "--min-length", "31", "--max-length", "30"], "max_length must be at least min_length (31); got 30."),
         (["FILE", "--prompt", "word " * 40], "The prompt leaves the model no room for a caption; shorten it."),
     ],
 )

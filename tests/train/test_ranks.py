@@ -85,6 +85,7 @@ def assert_same_run(out: Path, *, expected: Path) -> None:
     ("strategy", "optim"),
     [
         ("ddp", OptimConfig(learning_rate=1e-3, warmup_steps=2)),
+        ("ddp", OptimConfig(learning_rate=1e-3, warmup_steps=2, rate_factors={"encoder": 0.0, "log_scale": 0.0})),
         ("fsdp2", OptimConfig(learning_rate=1e-3, warmup_steps=2)),
         (
             "fsdp2",
@@ -98,7 +99,7 @@ def assert_same_run(out: Path, *, expected: Path) -> None:
             ),
         ),
     ],
-    ids=["ddp", "fsdp2", "fsdp2 adafactor"],
+    ids=["ddp", "ddp frozen", "fsdp2", "fsdp2 adafactor"],
 )
 def test_two_ranks_train_as_one(pictures: Path, tmp_path: Path, strategy: Strategy, optim: OptimConfig) -> None:
     config = config_of(pictures, tmp_path / "one", strategy=strategy, optim=optim)

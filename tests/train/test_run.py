@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.models.coca import CoCaConfig
 from coca_video.models.image import VitConfig
-from coca_video.train import loop
+from coca_video.train import window
 from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
 from coca_video.train.log import RunLog
 from coca_video.train.loop import LoopConfig, Training, run_loop
@@ -135,7 +135,7 @@ def test_times_are_those_of_training_alone(tmp_path: Path, monkeypatch: pytest.M
     Nor do the 10,000 s of restoring. The first line is over 2 updates, the last over one.
     """
     clock = Clock()
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(window, "time", clock)
     model = nn.Linear(1, 1)
     optim = OptimConfig(warmup_steps=0)
     optimizer = build_optimizer(model, config=optim)

@@ -43,7 +43,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     try:
         return int(import_module(f"coca_video.cli.{verb}").run(arguments))
     except KeyboardInterrupt as stopped:
-        print(f"coca-video {verb}: {stopped or 'Interrupted.'}", file=sys.stderr)
+        print(f"coca-video {verb}: {str(stopped) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has seen enough: `coca-video predict ... | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from coca_video.data.loader import SampleKey, Unreadable
@@ -188,6 +188,8 @@ def decode_image(encoded: bytes) -> UInt8[Tensor, "3 height width"]:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise UnreadablePair("its image is of no format that Pillow knows") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for bad bytes
         raise UnreadablePair(f"its image cannot be decoded: {str(error).splitlines()[0]}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

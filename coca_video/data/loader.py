@@ -155,7 +155,7 @@ def batches(
     """
     if not 0 <= share.number < share.count <= order.batch_size:
         raise ValueError(
-            f"A batch of {order.batch_size} has no part {share.number} of {share.count}; "
+            f"A batch of {order.batch_size} cannot be shared by {share.count} ranks (here: {share.number}); "
             "take a larger batch or fewer ranks."
         )
     if not 0 <= first_step <= last_step:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RemoteEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -110,6 +110,8 @@ def _download_first(repository: str, *, revision: str | None) -> Path:
     first, second = HUB_FILES
     try:
         return Path(hf_hub_download(repository, first, revision=revision))
+    except LocalEntryNotFoundError:  # no connection: only the cache can have the other
+        return Path(hf_hub_download(repository, second, revision=revision, local_files_only=True))
     except EntryNotFoundError:
         pass
     try:
@@ -148,8 +150,9 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"{path} is damaged, or holds more than tensors and plain values ({reason}).") from error
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors and plain values, such as a whole model: save its state_dict()."
+        ) from error
 
 
 def _tokenizer(*, vocab_size: int, max_length: int) -> Tokenizer | None:

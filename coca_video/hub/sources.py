@@ -19,6 +19,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import logging
 from safetensors import SafetensorError
 from timm.data.config import resolve_model_data_config
 from timm.models import load_model_config_from_hf
@@ -65,7 +66,9 @@ def load(source: str | Path) -> Saved:
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Turns what goes wrong with the Hub or with a download into one sentence on `what`."""
+    """Turns what goes wrong with the Hub or a download into one sentence on `what`, without a line for each try."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
     try:
         yield
     except GatedRepoError as error:
@@ -83,6 +86,8 @@ def hub_errors(what: str) -> Iterator[None]:
         OSError,
     ) as error:  # offline is a missing entry of the local cache
         raise ValueError(f"{what} is neither in the local cache nor to be had now: {_first_line(error)}.") from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _first_line(error: Exception) -> str:

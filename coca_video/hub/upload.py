@@ -1,6 +1,7 @@
 """To the Hub: a model folder with its card, in one commit."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def push(
     license = license or saved.license
     if license is None:
         raise ValueError(f"{folder} does not say under which licence its weights are: give one, such as apache-2.0.")
+    license = license.strip().lower()
+    if not re.fullmatch(r"[\w.+-]+", license):
+        raise ValueError(f"Expected the short name of a licence, such as apache-2.0; got {license!r}.")
     image = saved.encoder.config
     if isinstance(image, TimmConfig) and image.name.startswith("local-dir:"):
         raise ValueError(f"{folder} can only be rebuilt with {image.name}, which nobody else has; push that one first.")

@@ -161,7 +161,7 @@ def test_wrong_numbers_are_sentences() -> None:
         batches(Squares(), order=order, first_step=3, last_step=2, workers=0, collate=list)
     with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
         batches(Squares(), order=order, first_step=0, last_step=2, workers=-1, collate=list)
-    with pytest.raises(ValueError, match="A batch of 2 has no part 2 of 3; take a larger batch or fewer ranks"):
+    with pytest.raises(ValueError, match="A batch of 2 cannot be shared by 3 ranks"):
         batches(Squares(), order=order, first_step=0, last_step=2, workers=0, collate=list, share=Share(2, 3))
     with pytest.raises(ValueError, match="count from 0, got -1"):
         order.batch(-1)

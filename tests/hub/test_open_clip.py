@@ -222,7 +222,7 @@ def broken_files(folder: Path) -> dict[str, Path]:
         ("text.bin", "is not whole, or no file of torch.save"),
         ("empty.pt", "is not whole, or no file of torch.save"),
         ("cut.safetensors", "is damaged, or no safetensors file"),
-        ("code.pt", r"is damaged, or holds more than tensors and plain values \(Weights only load failed"),
+        ("code.pt", "is damaged, or holds more than tensors and plain values, such as a whole model"),
         ("list.pt", "to hold tensors by name, or a checkpoint with such a state_dict; it does not"),
         ("bytes.pt", "to hold tensors by name, or a checkpoint with such a state_dict; it does not"),
         ("clip.pt", "Expected the weights of an open_clip CoCa .* there is no text.positional_embedding"),

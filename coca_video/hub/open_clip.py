@@ -151,7 +151,8 @@ def _read_torch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, UnpicklingError) as error:
         raise ValueError(
-            f"{path} is damaged, or holds more than tensors and plain values, such as a whole model: save its state_dict()."
+            f"{path} is damaged, or holds more than tensors and plain values, such as a whole model: "
+            "save its state_dict()."
         ) from error
 
 

@@ -68,7 +68,7 @@ def load(source: str | Path) -> Saved:
 def hub_errors(what: str) -> Iterator[None]:
     """Turns what goes wrong with the Hub or a download into one sentence on `what`, without a line for each try."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(40)  # of the standard logging: errors
     try:
         yield
     except GatedRepoError as error:

@@ -189,7 +189,7 @@ def decode_image(encoded: bytes) -> UInt8[Tensor, "3 height width"]:
         with Image.open(io.BytesIO(encoded)) as image:
             pixels = np.array(image.convert("RGB"))
     except UnidentifiedImageError as error:
-        raise UnreadablePair("its image is of no format that Pillow knows") from error
+        raise UnreadablePair("its image cannot be decoded: it is of no format that Pillow knows") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for bad bytes
         raise UnreadablePair(f"its image cannot be decoded: {str(error).splitlines()[0]}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -88,7 +88,8 @@ def run(arguments: Sequence[str]) -> int:
     files = [file for source in options.captions for file in _files(source)]
     if options.out.resolve() in {file.resolve() for file in files}:
         raise ValueError(f"--out {options.out} is one of the sources of captions; give another.")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    if blocking := next((parent for parent in options.out.parents if parent.is_file()), None):
+        raise ValueError(f"--out {options.out} lies below {blocking}, which is a file and no folder; give another.")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as spool:
         captions = _Reader(files, spool=spool)
         tokenizer = train_tokenizer(
@@ -96,6 +97,7 @@ def run(arguments: Sequence[str]) -> int:
         )
         spool.seek(0)
         _print_counts(tokenizer, lines=spool, num_captions=captions.num_captions)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     tokenizer.save(options.out)
     say(f"Written: {options.out}")
     if captions.num_without:

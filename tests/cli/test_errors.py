@@ -252,3 +252,14 @@ def test_a_model_that_names_no_actions(pictures: Path, tmp_path: Path, capsys: p
     arguments = ["evaluate", str(pictures), "--model", str(tmp_path / "coca"), "--decoder", "decord"]
     assert "--decoder is for clips" in fails(arguments, capsys)
     assert "has no tokenizer.json" in fails(["evaluate", str(pictures), "--model", str(tmp_path / "coca")], capsys)
+
+
+def test_an_interrupt_without_words_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coca_video.cli.predict.run", interrupted)
+    assert main(["predict", "x.mp4"]) == 130
+    assert capsys.readouterr().err == "coca-video predict: Interrupted.\n"

@@ -178,4 +178,6 @@ def test_mistakes_are_sentences_and_leave_nothing(
     before = sorted(tmp_path.iterdir())
     for arguments, sentence in sentences:
         assert sentence in fails([*arguments, "--out", out], capsys)
+    assert "is one of the sources of captions" in fails([text, "--overwrite", "--out", text], capsys)
+    assert "which is a file and no folder" in fails([text, "--out", text / "tokenizer.json"], capsys)
     assert sorted(tmp_path.iterdir()) == before  # not even the folder of --out

@@ -144,9 +144,7 @@ def test_without_a_licence_nothing_is_uploaded(tmp_path: Path, api: MagicMock) -
     finished_run(tmp_path)
     with pytest.raises(ValueError, match="does not say under which licence its weights are: give one"):
         push(tmp_path, repo="org/name")
-    with pytest.raises(
-        ValueError, match="Expected the short name of a licence, such as apache-2.0; got 'none at all!'"
-    ):
+    with pytest.raises(ValueError, match="Expected the short name of a licence"):
         push(tmp_path, repo="org/name", license="none at all!")
     assert not api.method_calls
 

@@ -35,11 +35,12 @@ ROOMS: dict[str, frozenset[str]] = {
 }
 
 # optional library -> the only files (or folders, ending in "/") of coca_video that may import it
-_DECODE = ("coca_video/data/decode.py",)
+_DECODE = ("coca_video/data/decode/",)
 LIBRARIES: dict[str, tuple[str, ...]] = {
     "av": _DECODE,
     "decord": _DECODE,
     "torchcodec": _DECODE,
+    "fsspec": _DECODE,
     "timm": ("coca_video/models/image.py", "coca_video/train/optim.py", "coca_video/hub/"),
     "tokenizers": ("coca_video/tokenizer.py",),
     "ftfy": ("coca_video/tokenizer.py",),
@@ -154,7 +155,7 @@ def test_the_checkout_has_files_to_read() -> None:
             "know hub",
         ),
         ("coca_video/models/coca.py", "import importlib\nname = 'a'\nimportlib.import_module(name)", "computed name"),
-        ("coca_video/models/video.py", "import av.container", "av, which belongs to coca_video/data/decode.py"),
+        ("coca_video/models/video.py", "import av.container", "av, which belongs to coca_video/data/decode/"),
         ("coca_video/train/loop.py", "from tyro.conf import Positional", "tyro, which belongs to coca_video/cli/"),
         ("coca_video/models/pooler.py", "def f():\n    from timm.layers import Mlp", "timm, which belongs to"),
         ("coca_video/cli/probe.py", "import safetensors.torch", "safetensors, which belongs to coca_video/hub/"),
@@ -189,7 +190,7 @@ def test_a_planted_fault_is_found(tmp_path: Path, file: str, source: str, expect
             "coca_video/cli/__main__.py",
             "import importlib\nverb = 'probe'\nimportlib.import_module(f'coca_video.cli.{verb}')",
         ),
-        ("coca_video/data/decode.py", "def f():\n    import decord\n    import av"),
+        ("coca_video/data/decode/decord.py", "def f():\n    import decord\n    import av"),
         ("app/demo.py", "from coca_video.hub import load"),
         ("configs/probe/a.py", "from coca_video.train.classify import ProbeConfig"),
     ],

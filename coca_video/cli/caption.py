@@ -55,8 +55,10 @@ class CaptionOptions:
     """Of beam: above 0 favours long captions, below 0 short ones."""
     num_frames: int = 8
     """Frames of a video, uniformly sampled."""
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
-    """What reads the video files."""
+    decoder: Literal["auto", "torchcodec", "decord", "pyav"] = "auto"
+    """What reads the video files; auto takes for each the first that reads it exactly."""
+    timeout_seconds: float = 60.0
+    """A clip that takes longer to read counts as unreadable."""
     json: bool = False
     """One JSON line a file instead of text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -119,6 +121,7 @@ class _Captioner:
             image_size=image.image_size,
             interpolation=image.interpolation,
             decoder=options.decoder,
+            timeout_seconds=options.timeout_seconds,
         )
 
     def caption(self, path: Path, *, key: int) -> tuple[str, float]:

@@ -30,8 +30,10 @@ class EvaluateOptions:
     """The manifest's rows with this split; all rows when not given."""
     num_frames: int | None = None
     """Frames a clip; what the model was trained with when not given."""
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
-    """What reads the video files."""
+    decoder: Literal["auto", "torchcodec", "decord", "pyav"] = "auto"
+    """What reads the video files; auto takes for each the first that reads it exactly."""
+    timeout_seconds: float = 60.0
+    """A clip that takes longer to read counts as unreadable."""
     batch_size: int = 16
     """Clips (or images) at a time."""
     num_workers: int = 0
@@ -88,6 +90,7 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
         image_size=image.image_size,
         interpolation=image.interpolation,
         decoder=options.decoder,
+        timeout_seconds=options.timeout_seconds,
     )
     with progress_bar("evaluating", total=len(manifest.rows)) as bar:
         result = evaluate_clips(
@@ -119,7 +122,7 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
 
     model = saved.model
     assert isinstance(model, CoCa)
-    for name, default in (("split", None), ("num_frames", None), ("decoder", "auto")):
+    for name, default in (("split", None), ("num_frames", None), ("decoder", "auto"), ("timeout_seconds", 60.0)):
         if getattr(options, name) != default:
             raise ValueError(f"--{name.replace('_', '-')} is for clips, and {options.model} is a CoCa: leave it out.")
     if saved.tokenizer is None:

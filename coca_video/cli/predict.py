@@ -23,8 +23,10 @@ class PredictOptions:
     """How many classes to name."""
     num_frames: int | None = None
     """Frames a clip; what the model was trained with when not given."""
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
-    """What reads the video files."""
+    decoder: Literal["auto", "torchcodec", "decord", "pyav"] = "auto"
+    """What reads the video files; auto takes for each the first that reads it exactly."""
+    timeout_seconds: float = 60.0
+    """A clip that takes longer to read counts as unreadable."""
     json: bool = False
     """One JSON line a file instead of text."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -43,7 +45,11 @@ def run(arguments: Sequence[str]) -> int:
     from coca_video.train.loop import pick_device
 
     predictor = load_predictor(
-        options.model, num_frames=options.num_frames, decoder=options.decoder, device=pick_device(options.device)
+        options.model,
+        num_frames=options.num_frames,
+        decoder=options.decoder,
+        timeout_seconds=options.timeout_seconds,
+        device=pick_device(options.device),
     )
     status = 0
     for path in options.files:

@@ -1,8 +1,8 @@
 """The manifest of clips: a CSV, or a folder laid out by hand. The contract between data sets and everything else.
 
-Columns: path (relative to the manifest), label (a class NAME), video_id, start_seconds, end_seconds, split; other
-columns are kept as `extra`. The order of classes, and so every class index, comes from `classes.txt` beside the CSV and
-from nowhere else: sorting folder names permutes classes of Kinetics.
+Columns: path (a file or a folder of images, relative to the manifest; or a URL), label (a class NAME), video_id,
+start_seconds, end_seconds, split; other columns are kept as `extra`. The order of classes, and so every class index,
+comes from `classes.txt` beside the CSV and from nowhere else: sorting folder names permutes classes of Kinetics.
 """
 
 import csv
@@ -28,9 +28,12 @@ VIDEO_SUFFIXES = frozenset(
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRow:
-    """One clip: a file, or the part of it in [start_seconds, end_seconds); None is the file's own start or end."""
+    """One clip: a file, or the part of it in [start_seconds, end_seconds); None is the file's own start or end.
 
-    path: Path
+    path: of a video file or of a folder of images; a str is a URL that fsspec knows, s3://bucket/clip.mp4.
+    """
+
+    path: Path | str
     label: str | None
     video_id: str
     start_seconds: float | None = None
@@ -85,9 +88,12 @@ class Manifest:
             )
 
     def check_files(self) -> None:
-        """Raises a ValueError with the count and the first three names if files are missing on disk."""
-        paths = dict.fromkeys(row.path for row in self.rows)
-        missing = [path for path in paths if not path.is_file()]
+        """Raises a ValueError with the count and the first three names if files are missing on disk.
+
+        URLs are not asked for: a request each would take hours where a look at the disk takes seconds.
+        """
+        paths = dict.fromkeys(row.path for row in self.rows if isinstance(row.path, Path))
+        missing = [path for path in paths if not path.exists()]
         if missing:
             names = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
@@ -246,7 +252,7 @@ def _row_from_cells(cells: Mapping[str, str], *, folder: Path, video_id: str, wh
         raise ValueError(f"{where}: start_seconds {start or 0.0:g} must be less than end_seconds {end:g}.")
     return VideoRow(
         # normpath and not resolve(): a link to a clip keeps its name; `folder` has no links, so ".." means the same
-        path=Path(os.path.normpath(folder / cells["path"])),
+        path=cells["path"] if "://" in cells["path"] else Path(os.path.normpath(folder / cells["path"])),
         label=cells.get("label") or None,
         video_id=video_id,
         start_seconds=start,
@@ -315,10 +321,10 @@ def _csv_lines(rows: Sequence[VideoRow], *, folder: Path) -> list[str]:
     extras = list(dict.fromkeys(name for row in rows for name in row.extra))
     table: list[list[str]] = [[*COLUMNS, *extras]]
     for row in rows:
-        path = Path(os.path.relpath(row.path.absolute(), folder)).as_posix()
+        path = row.path if isinstance(row.path, str) else os.path.relpath(row.path.absolute(), folder)
         seconds = ["" if value is None else repr(value) for value in (row.start_seconds, row.end_seconds)]
         extra = [row.extra.get(name, "") for name in extras]
-        table.append([path, row.label or "", row.video_id, *seconds, row.split or "", *extra])
+        table.append([path.replace(os.sep, "/"), row.label or "", row.video_id, *seconds, row.split or "", *extra])
     lines: list[str] = []
     csv.writer(_Lines(lines), lineterminator="\n").writerows(table)
     return lines

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
-from coca_video.data.decode import Backend, UnreadableVideo, open_video
+from coca_video.data.deadline import within
+from coca_video.data.decode import Backend, UnreadableVideo, VideoSource, open_video
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.manifest import Manifest
 from coca_video.data.sampling import frame_window, sample_rng, uniform_indices
@@ -24,13 +25,15 @@ class ClipConfig:
 
     augment draws a random frame within each segment, a random box of crop_scale times the area, and a flip with
     flip_probability; without it the frames are the segments' centres and the box is the central square. One box and
-    one flip hold for the whole clip. No flip by default: it turns "sliding left" into "sliding right".
+    one flip hold for the whole clip. No flip by default: it turns "sliding left" into "sliding right". A clip that
+    takes longer than timeout_seconds to read counts as unreadable.
     """
 
     num_frames: int = 16
     image_size: int = 224
     interpolation: Interpolation = "bilinear"
     decoder: Backend = "auto"
+    timeout_seconds: float = 60.0
     augment: bool = False
     crop_scale: tuple[float, float] = (0.5, 1.0)
     flip_probability: float = 0.0
@@ -40,6 +43,8 @@ class ClipConfig:
             raise ValueError(
                 f"expected num_frames and image_size of at least 1, got {self.num_frames} and {self.image_size}"
             )
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"expected timeout_seconds above 0, got {self.timeout_seconds}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"expected crop_scale as 0 < low <= high <= 1, got {self.crop_scale}")
         if not 0 <= self.flip_probability <= 1:
@@ -104,21 +109,22 @@ def collate_clips(clips: Sequence[Clip]) -> ClipBatch:
     )
 
 
-def load_clip(path: Path, *, config: ClipConfig) -> Clip:
-    """One file without a manifest, as in evaluation: its whole length, unlabelled, named by its stem.
+def load_clip(source: VideoSource, *, config: ClipConfig) -> Clip:
+    """One video without a manifest, as in evaluation: its whole length, unlabelled, a file named by its stem.
 
     Raises UnreadableVideo for a file that cannot be read, ValueError for a config with augment.
     """
     if config.augment:
         raise ValueError("expected augment=False to load a single file: there is no seed and epoch to augment by")
     frames, times_seconds = _read_frames(
-        path, config=config, start_seconds=None, end_seconds=None, seed=0, key=SampleKey(epoch=0, index=0)
+        source, config=config, start_seconds=None, end_seconds=None, seed=0, key=SampleKey(epoch=0, index=0)
     )
-    return Clip(frames=frames, label=NO_LABEL, video_id=path.stem, times_seconds=times_seconds)
+    video_id = Path(source).stem if isinstance(source, str | Path) else ""
+    return Clip(frames=frames, label=NO_LABEL, video_id=video_id, times_seconds=times_seconds)
 
 
 def _read_frames(
-    path: Path,
+    source: VideoSource,
     *,
     config: ClipConfig,
     start_seconds: float | None,
@@ -126,18 +132,23 @@ def _read_frames(
     seed: int,
     key: SampleKey,
 ) -> tuple[UInt8[Tensor, "frames 3 height width"], Float64[np.ndarray, "frames"]]:
-    """Frames and their times; UnreadableVideo also where the video ends before start_seconds."""
-    with open_video(path, backend=config.decoder) as reader:
-        try:
-            first, last = frame_window(reader.times_seconds, start_seconds=start_seconds, end_seconds=end_seconds)
-        except ValueError as error:
-            raise UnreadableVideo(f"{path}: {error}") from error
-        offsets = None
-        if config.augment:
-            offsets = _rng(seed, key=key, purpose="frame offsets").random(config.num_frames)
-        indices = first + uniform_indices(last - first, num_samples=config.num_frames, offsets=offsets)
-        frames = _crop(reader.frames(indices.tolist()), config=config, seed=seed, key=key)
-        return frames, reader.times_seconds[indices]
+    """Frames and their times; UnreadableVideo also where the video ends before start_seconds, or takes too long."""
+
+    def read() -> tuple[Tensor, np.ndarray]:
+        with open_video(source, backend=config.decoder) as reader:
+            try:
+                first, last = frame_window(reader.times_seconds, start_seconds=start_seconds, end_seconds=end_seconds)
+            except ValueError as error:
+                raise UnreadableVideo(f"{reader.name}: {error}") from error
+            offsets = None
+            if config.augment:
+                offsets = _rng(seed, key=key, purpose="frame offsets").random(config.num_frames)
+            indices = first + uniform_indices(last - first, num_samples=config.num_frames, offsets=offsets)
+            return reader.frames(indices.tolist()), reader.times_seconds[indices]
+
+    name = str(source) if isinstance(source, str | Path) else "the video given"
+    frames, times_seconds = within(config.timeout_seconds, read, name=name)
+    return _crop(frames, config=config, seed=seed, key=key), times_seconds
 
 
 def _crop(

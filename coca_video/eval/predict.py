@@ -30,7 +30,9 @@ class Predictor:
         return [(self.classes[index], float(probabilities[index])) for index in order]
 
 
-def load_predictor(source: str, *, num_frames: int | None, decoder: Backend, device: torch.device) -> Predictor:
+def load_predictor(
+    source: str, *, num_frames: int | None, decoder: Backend, timeout_seconds: float, device: torch.device
+) -> Predictor:
     """The classifier of a run, a model folder or hf:ORG/NAME; `num_frames` as in training when None."""
     saved = load(source)
     if not isinstance(saved.model, VideoClassifier):
@@ -42,5 +44,6 @@ def load_predictor(source: str, *, num_frames: int | None, decoder: Backend, dev
         image_size=saved.model.config.image.image_size,
         interpolation=saved.model.config.image.interpolation,
         decoder=decoder,
+        timeout_seconds=timeout_seconds,
     )
     return Predictor(model=saved.model.to(device), classes=saved.classes, clip=clip, device=device)

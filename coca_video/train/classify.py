@@ -54,8 +54,10 @@ class ClipsConfig:
     """Rows to train on; all when None."""
     test_split: str | None = "test"
     """Rows to test on; all of `test` when None, and no test when `test` is None too."""
-    decoder: Literal["auto", "pyav", "decord"] = "auto"
-    """What reads the video files."""
+    decoder: Literal["auto", "torchcodec", "decord", "pyav"] = "auto"
+    """What reads the video files; auto takes for each the first that reads it exactly."""
+    timeout_seconds: float = 60.0
+    """A clip that takes longer to read counts as unreadable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,6 +287,7 @@ def _clips(manifest: Manifest, *, config: ProbeConfig, model: VideoClassifier, a
         image_size=model.config.image.image_size,
         interpolation=model.config.image.interpolation,
         decoder=config.clips.decoder,
+        timeout_seconds=config.clips.timeout_seconds,
         augment=augment,
         crop_scale=(config.min_crop_area, 1.0),
         flip_probability=config.flip_probability,

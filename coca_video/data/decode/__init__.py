@@ -1,0 +1,24 @@
+"""One reader interface over video decoders, exact to the frame, and a writer of H.264 files.
+
+The reference is the sequential decode of the best video stream by PyAV, each frame turned by its rotation: what any
+other backend returns must equal it, else the backend refuses the file in a sentence. This package alone imports av,
+decord and torchcodec, and only when a video is opened.
+"""
+
+from coca_video.data.decode.open import open_video
+from coca_video.data.decode.proof import prove
+from coca_video.data.decode.reader import BACKENDS, Backend, BackendName, VideoReader
+from coca_video.data.decode.source import UnreadableVideo, VideoSource
+from coca_video.data.decode.write import write_video
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendName",
+    "UnreadableVideo",
+    "VideoReader",
+    "VideoSource",
+    "open_video",
+    "prove",
+    "write_video",
+]

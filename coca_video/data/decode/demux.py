@@ -1,0 +1,112 @@
+"""PyAV's containers, opened so that only videos pass for videos: packets, and frames decoded in order."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from coca_video.data.decode.reader import Clock
+from coca_video.data.decode.source import Source, UnreadableVideo
+
+if TYPE_CHECKING:
+    import av
+
+    VideoPacket = av.Packet[av.VideoStream]
+else:
+    VideoPacket = Any  # av's classes take no type parameters when they run
+
+# A text file is a video to FFmpeg's "tty" demuxer, and a playlist opens other files and URLs: only real containers.
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,asf,flv,ogg,gif,mjpeg,h264,hevc,ivf,3gp,mxf,dv,nut,rm,wtv"
+
+
+def clock(stream: "av.VideoStream") -> Clock:
+    """The stream's time unit and nominal rate."""
+    rate = Fraction(stream.average_rate or stream.guessed_rate or 25)  # 25: FFmpeg's own where nothing is said
+    return Clock(unit_seconds=Fraction(stream.time_base or 1 / rate), frames_per_second=rate)
+
+
+@contextmanager
+def open_stream(source: Source) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
+    """The container and its best video stream, single-threaded; UnreadableVideo where there is none."""
+    import av
+
+    options = {"format_whitelist": CONTAINERS}
+    if isinstance(source.data, bytes):
+        opened: Any = source.open()
+    else:
+        opened, options["protocol_whitelist"] = source.open(), "file"
+    try:
+        # metadata_errors: titles of old AVI files are not UTF-8, and nobody reads them here.
+        container = av.open(opened, "r", options=options, metadata_errors="ignore")
+    except av.error.FFmpegError as error:
+        cause = f"not a video file, or one cut off or damaged ({error.strerror})"
+        raise UnreadableVideo(f"{source.name}: {cause}") from error
+    with container:
+        # best: the first of several streams is often a thumbnail or a lower resolution.
+        stream = container.streams.best("video")
+        if not isinstance(stream, av.VideoStream):
+            raise UnreadableVideo(f"{source.name}: the file has no video stream")
+        if stream.codec_context is None:
+            raise UnreadableVideo(f"{source.name}: there is no decoder for its video stream")
+        stream.codec_context.thread_count = 1  # a data loader's workers are the parallelism
+        yield container, stream
+
+
+def read_packets(
+    source: Source, *, container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> Iterator[VideoPacket]:
+    """The stream's packets from where it stands, then an empty one; UnreadableVideo where one is cut off."""
+    # FFmpeg calls whole packets corrupt where parts of a transport stream were joined; there, only a last one is cut.
+    only_last, suspect = container.format.name == "mpegts", False
+    for packet in container.demux(stream):
+        suspect = packet.is_corrupt or (suspect and packet.size == 0)
+        if suspect and (packet.size == 0 or not only_last):
+            cause = "the file is cut off or damaged: a packet of its video stream is not whole"
+            raise UnreadableVideo(f"{source.name}: {cause}")
+        yield packet
+
+
+def check_length(source: Source, *, container: "av.container.InputContainer", stream: "av.VideoStream") -> None:
+    """UnreadableVideo where the file is shorter than its header says."""
+    needed, size = _bytes_needed(source, container=container, stream=stream), source.num_bytes()
+    if needed > size:
+        cause = f"the file is cut off: it should have at least {needed} bytes, it has {size}"
+        raise UnreadableVideo(f"{source.name}: {cause}")
+
+
+def _bytes_needed(source: Source, *, container: "av.container.InputContainer", stream: "av.VideoStream") -> int:
+    """How long the file must be by its own header (0: unknown): FFmpeg may decode a part of it without an error."""
+    containers = container.format.name.split(",")
+    if "mov" in containers:
+        return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    with source.open_file() as file:
+        head = file.read(2**16)
+    if "avi" in containers and (at := head.find(b"movi")) >= 4:  # the list of all packets, its size before its name
+        return at + int.from_bytes(head[at - 4 : at], "little")
+    if "matroska" in containers and (at := head.find(b"\x18\x53\x80\x67") + 4) >= 4:  # Segment: all but the EBML header
+        length = 9 - head[at].bit_length()  # RFC 8794: the leading zeros of its first byte tell the number's length
+        whole = 1 << 7 * length
+        segment = int.from_bytes(head[at : at + length], "big") % whole
+        return 0 if segment == whole - 1 else at + length + segment  # all ones: a live recording, size unknown
+    return 0
+
+
+def decode_stream(
+    source: Source, *, container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> Iterator["av.VideoFrame"]:
+    """All frames from where the container stands, in the order they are shown.
+
+    UnreadableVideo at the decoder's first error. Damage that the codec itself patches over (H.264 conceals a lost
+    slice) is no error, here as in a player.
+    """
+    import av
+
+    num_frames = 0
+    try:
+        for packet in read_packets(source, container=container, stream=stream):
+            for frame in stream.decode(packet):
+                yield frame
+                num_frames += 1
+    except av.error.FFmpegError as error:
+        cause = f"decoding stops after {num_frames} frames ({error.strerror})"
+        raise UnreadableVideo(f"{source.name}: the file is damaged: {cause}") from error

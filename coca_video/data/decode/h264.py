@@ -1,0 +1,85 @@
+"""The little of H.264's and HEVC's bit streams that tells where decoding can start, and whether pictures change size.
+
+ITU-T H.264, 7.3 and 7.4; ITU-T H.265, 7.3.1.2 and table 7-1; ISO/IEC 14496-15 for the records avcC and hvcC.
+"""
+
+from typing import NamedTuple
+
+SLICE, IDR_SLICE = 1, 5  # nal_unit_type, table 7-1
+INTRA_SLICES = (2, 7)  # slice_type I, table 7-6
+H264_SEQUENCE, HEVC_SEQUENCE = 7, 33  # nal_unit_type of sequence parameter sets
+HEADER_BYTES = 16  # two Exp-Golomb numbers of at most 32 bits and their zeros
+
+
+class Slice(NamedTuple):
+    """The first slice of a packet: its nal_unit_type and slice_type; 0 and -1 where the packet has none."""
+
+    nal_unit_type: int
+    slice_type: int
+
+    @property
+    def is_idr(self) -> bool:
+        """Whether the decoder forgets all earlier pictures here."""
+        return self.nal_unit_type == IDR_SLICE
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the picture needs no other: IDR or intra. An encoder may mark the start of a gradual refresh too."""
+        return self.is_idr or self.slice_type in INTRA_SLICES
+
+
+def first_slice(data: bytes, *, record: bytes | None) -> Slice:
+    """The first slice of a packet of H.264; without the stream's avcC `record`, start codes part it (Annex B)."""
+    for at in _units(data, length_bytes=_length_bytes(record, place=4)):
+        unit_type = data[at] & 31
+        if unit_type in (SLICE, IDR_SLICE):
+            bits = "".join(f"{byte:08b}" for byte in data[at + 1 : at + 1 + HEADER_BYTES])
+            _, rest = _exp_golomb(bits)  # first_mb_in_slice
+            return Slice(unit_type, _exp_golomb(rest)[0])
+    return Slice(0, -1)
+
+
+def sequence_headers(data: bytes, *, record: bytes | None, codec: str) -> set[bytes]:
+    """The sequence parameter sets inside a packet of "h264" or "hevc": another one may mean another picture size."""
+    length_bytes = _length_bytes(record, place=4 if codec == "h264" else 21)
+    units = _units(data, length_bytes=length_bytes)
+    ends = [at - (length_bytes or 3) for at in units[1:]] + [len(data)]
+    return {
+        data[at:end].rstrip(b"\0")  # a start code of four bytes leaves one of its zeros
+        for at, end in zip(units, ends, strict=True)
+        if (data[at] & 31 == H264_SEQUENCE if codec == "h264" else data[at] >> 1 & 63 == HEVC_SEQUENCE)
+    }
+
+
+def _length_bytes(record: bytes | None, *, place: int) -> int | None:
+    """How many bytes give the length of each unit, by the record; None: there is none."""
+    return (record[place] & 3) + 1 if record is not None and len(record) > place and record[0] == 1 else None
+
+
+def _units(data: bytes, *, length_bytes: int | None) -> list[int]:
+    """Where each unit's first byte stands."""
+    return _by_start_code(data) if length_bytes is None else _by_length(data, length_bytes=length_bytes)
+
+
+def _by_length(data: bytes, *, length_bytes: int) -> list[int]:
+    starts, at = [], 0
+    while at + length_bytes < len(data):
+        starts.append(at + length_bytes)
+        at += length_bytes + int.from_bytes(data[at : at + length_bytes], "big")
+    return starts
+
+
+def _by_start_code(data: bytes) -> list[int]:
+    starts, at = [], data.find(b"\0\0\1")
+    while 0 <= at < len(data) - 3:
+        starts.append(at + 3)
+        at = data.find(b"\0\0\1", at + 3)
+    return starts
+
+
+def _exp_golomb(bits: str) -> tuple[int, str]:
+    """A number in Exp-Golomb code (9.1) and the bits behind it; -1 where the bits do not hold one."""
+    zeros = bits.find("1")
+    if zeros < 0 or len(bits) < 2 * zeros + 1:
+        return -1, ""
+    return int(bits[zeros : 2 * zeros + 1], 2) - 1, bits[2 * zeros + 1 :]

@@ -1,0 +1,158 @@
+"""What a video's packets say of its frames, without decoding: every backend's numbers are checked against it."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from coca_video.data.decode.demux import VideoPacket, check_length, clock, open_stream, read_packets
+from coca_video.data.decode.h264 import Slice, first_slice, sequence_headers
+from coca_video.data.decode.reader import Timeline, timeline
+from coca_video.data.decode.source import Source, UnreadableVideo
+
+if TYPE_CHECKING:
+    import av
+
+# The containers whose packets carry exact presentation times, and the codecs that show each packet as one frame.
+COUNTABLE_CONTAINERS = frozenset({"mov", "matroska"})
+COUNTABLE_CODECS = frozenset({"h264", "hevc", "vp9", "av1", "mpeg4", "mjpeg", "prores"})
+# MPEG-4 part 2 writes a frame that repeats the last as a stub of some 7 bytes, which decodes to no frame.
+MPEG4_STUB_BYTES = 24
+PROGRESSIVE_OR_UNKNOWN = (0, 1)  # AVFieldOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PacketIndex:
+    """The best video stream by its packets.
+
+    pts: presentation times of the frames shown, sorted, in the stream's units. clean_pts: those of the key frames from
+    which decoding can start: all that is shown earlier lies before them in the file, all that is shown later behind.
+    hides_packets: by an edit list. changes_headers: its pictures may change their size midway. other_colours: why
+    other backends convert its pixels to another RGB, None where they do not. uncountable: why the n-th frame shown
+    cannot be told from the packets, None where it can.
+    """
+
+    container: str
+    codec: str
+    pts: tuple[int, ...]
+    clean_pts: tuple[int, ...]
+    num_video_streams: int
+    hides_packets: bool
+    open_groups: bool
+    changes_headers: bool
+    other_colours: str | None
+    uncountable: str | None
+    timeline: Timeline
+
+
+class _Packet(NamedTuple):
+    """What is kept of a packet: a long video's data would not fit in memory. first_slice: of H.264's key frames."""
+
+    pts: int | None
+    duration: int
+    num_bytes: int
+    is_key: bool
+    is_hidden: bool
+    first_slice: Slice | None
+
+
+def index_packets(source: Source) -> PacketIndex:
+    """Reads all packets of the best video stream; UnreadableVideo for what is no video, or cut off."""
+    with open_stream(source) as (container, stream):
+        check_length(source, container=container, stream=stream)
+        context, headers = stream.codec_context, set[bytes]()
+        codec, record = context.codec.canonical_name, context.extradata
+        packets = list[_Packet]()
+        for packet in read_packets(source, container=container, stream=stream):
+            if packet.size > 0:
+                packets.append(_note(packet, codec=codec, record=record))
+                if packet.is_keyframe and codec in ("h264", "hevc"):
+                    headers |= sequence_headers(bytes(packet), record=record, codec=codec)
+        shown = [packet for packet in packets if not packet.is_hidden]
+        if not shown:
+            raise UnreadableVideo(f"{source.name}: its video stream holds no frame")
+        times = [packet.pts for packet in shown]
+        last = max(shown, key=lambda packet: packet.pts or 0)
+        return PacketIndex(
+            container=container.format.name,
+            codec=codec,
+            pts=tuple(sorted(time for time in times if time is not None)),
+            clean_pts=_clean_starts(packets),
+            num_video_streams=len(container.streams.video),
+            hides_packets=len(shown) < len(packets),
+            open_groups=_has_open_groups(packets),
+            changes_headers=len(headers) > 1 or any(header not in (record or header) for header in headers),
+            other_colours=_other_colours(context),
+            uncountable=_uncountable(packets, container=container.format.name, codec=codec),
+            timeline=timeline(times, clock=clock(stream), last_duration=last.duration),
+        )
+
+
+def _note(packet: VideoPacket, *, codec: str, record: bytes | None) -> _Packet:
+    h264_key = packet.is_keyframe and codec == "h264"
+    return _Packet(
+        pts=packet.pts,
+        duration=packet.duration or 0,
+        num_bytes=packet.size,
+        is_key=packet.is_keyframe,
+        is_hidden=packet.is_discard,
+        first_slice=first_slice(bytes(packet), record=record) if h264_key else None,
+    )
+
+
+def _uncountable(packets: Sequence[_Packet], *, container: str, codec: str) -> str | None:
+    if COUNTABLE_CONTAINERS.isdisjoint(container.split(",")) or codec not in COUNTABLE_CODECS:
+        return f"{codec} in {container} does not tell its frames by its packets"
+    if not packets[0].is_key:
+        return "the stream does not begin with a key frame"
+    times = [packet.pts for packet in packets if packet.pts is not None]
+    if len(set(times)) < len(packets):
+        return "its packets have no distinct presentation times"
+    if times[0] != min(times):
+        return "it begins with an open group of pictures"
+    if codec == "mpeg4" and any(packet.num_bytes < MPEG4_STUB_BYTES for packet in packets):
+        return "some of its packets may repeat a frame without holding one"
+    if any(packet.first_slice is not None and not packet.first_slice.is_whole for packet in packets):
+        return "some of its key frames are refreshed over several pictures"
+    return None
+
+
+def _has_open_groups(packets: Sequence[_Packet]) -> bool:
+    """Whether some picture that is shown before a key frame comes after it in the file."""
+    key_pts = None
+    for packet in packets:
+        if packet.is_key:
+            key_pts = packet.pts
+        elif key_pts is not None and packet.pts is not None and packet.pts < key_pts:
+            return True
+    return False
+
+
+def _clean_starts(packets: Sequence[_Packet]) -> tuple[int, ...]:
+    """PacketIndex.clean_pts; none where times are missing.
+
+    A key frame of H.264 that is no IDR leaves older pictures in the decoder, to which later ones may refer.
+    """
+    times = [packet.pts for packet in packets if packet.pts is not None]
+    if len(times) < len(packets):
+        return ()
+    latest_before = list(itertools.accumulate(times, max, initial=min(times) - 1))
+    earliest_from = list(itertools.accumulate(reversed(times), min))[::-1]
+    return tuple(
+        pts
+        for packet, pts, before, after in zip(packets, times, latest_before[:-1], earliest_from, strict=True)
+        if packet.is_key and not packet.is_hidden and before < pts == after
+        if packet.first_slice is None or packet.first_slice.is_idr
+    )
+
+
+def _other_colours(context: "av.VideoCodecContext") -> str | None:
+    """Why backends convert these pixels otherwise than PyAV, by up to 46 of 255; None where they were seen to agree."""
+    pixels = context.format
+    if pixels is None or any(component.bits != 8 for component in pixels.components):
+        return "pixels of other than 8 bits"
+    if context.field_order not in PROGRESSIVE_OR_UNKNOWN:
+        return "interlaced pictures"
+    if (context.width % 2 and pixels.chroma_width(2) == 1) or (context.height % 2 and pixels.chroma_height(2) == 1):
+        return "an odd size with colours of half the resolution"
+    return None

@@ -1,0 +1,92 @@
+"""Opening a video: by the backend asked for, or by the first that proves itself."""
+
+import os
+from pathlib import Path
+from typing import get_args
+
+from jaxtyping import UInt8
+from torch import Tensor
+
+from coca_video.data.decode.images import ImageFolderReader
+from coca_video.data.decode.index import PacketIndex, index_packets
+from coca_video.data.decode.proof import open_with, prove
+from coca_video.data.decode.reader import BACKENDS, Backend, VideoReader
+from coca_video.data.decode.source import Source, UnreadableVideo, VideoSource, as_source, is_url
+
+ENVIRONMENT = "COCA_VIDEO_DECODER"
+
+
+def open_video(source: VideoSource, *, backend: Backend = "auto", images_per_second: float = 25.0) -> VideoReader:
+    """A reader of a video: a file's path, a URL (by fsspec), all its bytes, an open file, or a folder of images.
+
+    `auto` takes the backend that the environment variable COCA_VIDEO_DECODER names, else the first of torchcodec,
+    decord and PyAV that proves itself: it decodes a known clip rightly on this machine, and of this file the first
+    frame, in a stream of a kind that it reads exactly. Should it fail on a later frame, PyAV, the reference, goes on. A
+    backend that is named refuses such files instead. images_per_second is the rate of a folder's images.
+
+    UnreadableVideo for a file that is missing, empty, no video, cut off or damaged, or that this backend would not read
+    exactly; ValueError where the backend does not work here.
+    """
+    if isinstance(source, str | Path) and not is_url(source) and Path(source).is_dir():
+        return ImageFolderReader(Path(source), images_per_second=images_per_second)
+    chosen = choose_backend(backend)
+    if chosen != "auto" and (cause := prove(chosen)) is not None:
+        raise ValueError(f'{cause}; install or mend it, or take the decoder "auto"')
+    opened = as_source(source)
+    index = index_packets(opened)
+    if chosen != "auto":
+        return open_with(chosen, source=opened, index=index)
+    return _open_first(opened, index=index)
+
+
+def choose_backend(backend: Backend) -> Backend:
+    """What is asked for, else what COCA_VIDEO_DECODER names; ValueError if that is no backend."""
+    named = os.environ.get(ENVIRONMENT, "")
+    if backend != "auto" or not named:
+        return backend
+    for known in get_args(Backend):
+        if named == known:
+            return known  # type: ignore[no-any-return]  # get_args gives Any
+    raise ValueError(f"{ENVIRONMENT} is {named!r}; expected one of {', '.join(get_args(Backend))}")
+
+
+def _open_first(source: Source, *, index: PacketIndex) -> VideoReader:
+    for name in BACKENDS:
+        if name == "pyav" or prove(name) is not None:
+            continue
+        try:
+            return _BackedByReference(open_with(name, source=source, index=index), source=source, index=index)
+        except UnreadableVideo:  # no loss: what PyAV cannot read is an error with its cause
+            continue
+    return open_with("pyav", source=source, index=index)
+
+
+class _BackedByReference(VideoReader):
+    """A reader, and PyAV in its place from the first frame on that it cannot decode."""
+
+    def __init__(self, reader: VideoReader, *, source: Source, index: PacketIndex) -> None:
+        self.name, self._source, self._index = source.name, source, index
+        self.times_seconds, self.duration_seconds = reader.times_seconds, reader.duration_seconds
+        self.num_frames, self.frames_per_second = reader.num_frames, reader.frames_per_second
+        self._use(reader)
+
+    def _use(self, reader: VideoReader) -> None:
+        self._reader, self.backend = reader, reader.backend
+        self.height, self.width = reader.height, reader.width
+
+    def _frames(self, indices: list[int]) -> UInt8[Tensor, "len 3 height width"]:
+        try:
+            return self._reader.frames(indices)
+        except UnreadableVideo:
+            if self.backend == "pyav":
+                raise
+            reference = open_with("pyav", source=self._source, index=self._index)
+            if reference.num_frames != self.num_frames:
+                raise
+        self._reader.close()
+        self._use(reference)
+        return reference.frames(indices)
+
+    def close(self) -> None:
+        """Lets go of the file and of the frames kept."""
+        self._reader.close()

@@ -5,7 +5,7 @@ from pathlib import Path
 import av
 import pytest
 
-from coca_video.data.decode.h264 import Slice, first_slice, sequence_headers
+from coca_video.data.decode.h264 import Start, sequence_headers, start_of
 from coca_video.data.decode.index import index_packets
 from coca_video.data.decode.source import as_source
 from tests.data.numbered_videos import encode
@@ -28,21 +28,30 @@ def unit(kind: int, *numbers: int) -> bytes:
 @pytest.mark.parametrize("number", [0, 1, 2, 7, 8, 300])
 @pytest.mark.parametrize("slice_type", [0, 1, 2, 5, 7, 9])
 @pytest.mark.parametrize("kind", [1, 5])
-def test_first_slice(kind: int, slice_type: int, number: int) -> None:
+def test_start_of_h264(kind: int, slice_type: int, number: int) -> None:
     units = [unit(9, 0), unit(6, 1, 2), unit(kind, number, slice_type, 3), unit(1, 5, 0)]
     by_length = b"".join(len(each).to_bytes(4, "big") + each for each in units)
     by_start_code = b"".join(b"\0\0\1" + each for each in units)
-    expected = Slice(kind, slice_type)
-    assert first_slice(by_length, record=AVCC) == expected
-    assert first_slice(by_start_code, record=None) == expected
-    assert expected.is_idr == (kind == 5)
-    assert expected.is_whole == (kind == 5 or slice_type in (2, 7))
+    expected = Start(is_whole=kind == 5 or slice_type in (2, 7), forgets=kind == 5)
+    assert start_of(by_length, record=AVCC, codec="h264") == expected
+    assert start_of(by_start_code, record=None, codec="h264") == expected
+
+
+@pytest.mark.parametrize("kind", range(64))
+def test_start_of_hevc(kind: int) -> None:
+    """H.265, table 7-1: 0 to 31 are slices, of which 16 to 23 are of pictures that need no other."""
+    units = [bytes([35 << 1, 1, 0x50]), bytes([kind << 1, 1, 0xAF]), bytes([1 << 1, 1, 0xAF])]
+    first = kind if kind < 32 else 1
+    expected = Start(is_whole=16 <= first <= 23, forgets=16 <= first <= 23)
+    assert start_of(b"".join(b"\0\0\1" + each for each in units), record=None, codec="hevc") == expected
+    record = bytes([1, *[0] * 20, 0xFD])  # hvcC's 22nd byte: lengths of 2 bytes
+    by_length = b"".join(len(each).to_bytes(2, "big") + each for each in units)
+    assert start_of(by_length, record=record, codec="hevc") == expected
 
 
 def test_a_packet_without_slices() -> None:
-    assert first_slice(unit(6, 1), record=None) == Slice(0, -1)
-    assert first_slice(b"", record=AVCC) == Slice(0, -1)
-    assert not Slice(0, -1).is_whole
+    for data, record in ((unit(6, 1), None), (b"", AVCC)):
+        assert start_of(data, record=record, codec="h264") == Start(is_whole=False, forgets=False)
 
 
 def test_sequence_headers() -> None:

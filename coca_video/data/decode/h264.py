@@ -5,43 +5,42 @@ ITU-T H.264, 7.3 and 7.4; ITU-T H.265, 7.3.1.2 and table 7-1; ISO/IEC 14496-15 f
 
 from typing import NamedTuple
 
-SLICE, IDR_SLICE = 1, 5  # nal_unit_type, table 7-1
-INTRA_SLICES = (2, 7)  # slice_type I, table 7-6
+SLICE, IDR_SLICE = 1, 5  # H.264's nal_unit_type, table 7-1
+INTRA_SLICES = (2, 7)  # H.264's slice_type I, table 7-6
+HEVC_SLICES, HEVC_INTRA = range(32), range(16, 24)  # HEVC's nal_unit_type: all slices; those of pictures to start at
 H264_SEQUENCE, HEVC_SEQUENCE = 7, 33  # nal_unit_type of sequence parameter sets
 HEADER_BYTES = 16  # two Exp-Golomb numbers of at most 32 bits and their zeros
 
 
-class Slice(NamedTuple):
-    """The first slice of a packet: its nal_unit_type and slice_type; 0 and -1 where the packet has none."""
+class Start(NamedTuple):
+    """What decoding may rely on at a packet that is called a key frame.
 
-    nal_unit_type: int
-    slice_type: int
+    is_whole: its picture needs no other; an encoder may mark the start of a gradual refresh too, and a container may
+    call each packet a key frame. forgets: no later picture refers to an earlier one.
+    """
 
-    @property
-    def is_idr(self) -> bool:
-        """Whether the decoder forgets all earlier pictures here."""
-        return self.nal_unit_type == IDR_SLICE
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the picture needs no other: IDR or intra. An encoder may mark the start of a gradual refresh too."""
-        return self.is_idr or self.slice_type in INTRA_SLICES
+    is_whole: bool
+    forgets: bool
 
 
-def first_slice(data: bytes, *, record: bytes | None) -> Slice:
-    """The first slice of a packet of H.264; without the stream's avcC `record`, start codes part it (Annex B)."""
-    for at in _units(data, length_bytes=_length_bytes(record, place=4)):
-        unit_type = data[at] & 31
-        if unit_type in (SLICE, IDR_SLICE):
+def start_of(data: bytes, *, record: bytes | None, codec: str) -> Start:
+    """By the first slice of a packet of "h264" or "hevc"; without its `record` (avcC, hvcC) start codes part it."""
+    is_h264 = codec == "h264"
+    for at in _units(data, length_bytes=_length_bytes(record, codec=codec)):
+        if is_h264 and (unit_type := data[at] & 31) in (SLICE, IDR_SLICE):
             bits = "".join(f"{byte:08b}" for byte in data[at + 1 : at + 1 + HEADER_BYTES])
             _, rest = _exp_golomb(bits)  # first_mb_in_slice
-            return Slice(unit_type, _exp_golomb(rest)[0])
-    return Slice(0, -1)
+            is_idr = unit_type == IDR_SLICE
+            return Start(is_whole=is_idr or _exp_golomb(rest)[0] in INTRA_SLICES, forgets=is_idr)
+        if not is_h264 and (unit_type := data[at] >> 1 & 63) in HEVC_SLICES:
+            # HEVC's leading pictures apart, which follow such a picture in the file, none refers further back.
+            return Start(is_whole=unit_type in HEVC_INTRA, forgets=unit_type in HEVC_INTRA)
+    return Start(is_whole=False, forgets=False)
 
 
 def sequence_headers(data: bytes, *, record: bytes | None, codec: str) -> set[bytes]:
     """The sequence parameter sets inside a packet of "h264" or "hevc": another one may mean another picture size."""
-    length_bytes = _length_bytes(record, place=4 if codec == "h264" else 21)
+    length_bytes = _length_bytes(record, codec=codec)
     units = _units(data, length_bytes=length_bytes)
     ends = [at - (length_bytes or 3) for at in units[1:]] + [len(data)]
     return {
@@ -51,8 +50,9 @@ def sequence_headers(data: bytes, *, record: bytes | None, codec: str) -> set[by
     }
 
 
-def _length_bytes(record: bytes | None, *, place: int) -> int | None:
+def _length_bytes(record: bytes | None, *, codec: str) -> int | None:
     """How many bytes give the length of each unit, by the record; None: there is none."""
+    place = 4 if codec == "h264" else 21
     return (record[place] & 3) + 1 if record is not None and len(record) > place and record[0] == 1 else None
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from coca_video.data.decode.demux import VideoPacket, check_length, clock, open_stream, read_packets
-from coca_video.data.decode.h264 import Slice, first_slice, sequence_headers
+from coca_video.data.decode.h264 import Start, sequence_headers, start_of
 from coca_video.data.decode.reader import Timeline, timeline
 from coca_video.data.decode.source import Source, UnreadableVideo
 
@@ -46,14 +46,14 @@ class PacketIndex:
 
 
 class _Packet(NamedTuple):
-    """What is kept of a packet: a long video's data would not fit in memory. first_slice: of H.264's key frames."""
+    """What is kept of a packet: a long video's data would not fit in memory. start: of key frames of H.264 and HEVC."""
 
     pts: int | None
     duration: int
     num_bytes: int
     is_key: bool
     is_hidden: bool
-    first_slice: Slice | None
+    start: Start | None
 
 
 def index_packets(source: Source) -> PacketIndex:
@@ -83,24 +83,25 @@ def index_packets(source: Source) -> PacketIndex:
             open_groups=_has_open_groups(packets),
             changes_headers=len(headers) > 1 or any(header not in (record or header) for header in headers),
             other_colours=_other_colours(context),
-            uncountable=_uncountable(packets, container=container.format.name, codec=codec),
+            uncountable=_uncountable(packets, stream=stream, container=container.format.name),
             timeline=timeline(times, clock=clock(stream), last_duration=last.duration),
         )
 
 
 def _note(packet: VideoPacket, *, codec: str, record: bytes | None) -> _Packet:
-    h264_key = packet.is_keyframe and codec == "h264"
+    starts = packet.is_keyframe and codec in ("h264", "hevc")
     return _Packet(
         pts=packet.pts,
         duration=packet.duration or 0,
         num_bytes=packet.size,
         is_key=packet.is_keyframe,
         is_hidden=packet.is_discard,
-        first_slice=first_slice(bytes(packet), record=record) if h264_key else None,
+        start=start_of(bytes(packet), record=record, codec=codec) if starts else None,
     )
 
 
-def _uncountable(packets: Sequence[_Packet], *, container: str, codec: str) -> str | None:
+def _uncountable(packets: Sequence[_Packet], *, stream: "av.VideoStream", container: str) -> str | None:
+    codec = stream.codec_context.codec.canonical_name
     if COUNTABLE_CONTAINERS.isdisjoint(container.split(",")) or codec not in COUNTABLE_CODECS:
         return f"{codec} in {container} does not tell its frames by its packets"
     if not packets[0].is_key:
@@ -112,8 +113,13 @@ def _uncountable(packets: Sequence[_Packet], *, container: str, codec: str) -> s
         return "it begins with an open group of pictures"
     if codec == "mpeg4" and any(packet.num_bytes < MPEG4_STUB_BYTES for packet in packets):
         return "some of its packets may repeat a frame without holding one"
-    if any(packet.first_slice is not None and not packet.first_slice.is_whole for packet in packets):
-        return "some of its key frames are refreshed over several pictures"
+    if any(packet.start is not None and not packet.start.is_whole for packet in packets):
+        return "some of its key frames need other pictures"
+    num_keys = sum(packet.is_key for packet in packets)
+    if sum(entry.is_keyframe for entry in stream.index_entries) > num_keys:
+        return "its table of key frames names others too"
+    if codec in ("vp9", "av1", "mpeg4") and num_keys == len(packets) > 1:
+        return "each of its packets is called a key frame, which no encoder of this codec does"
     return None
 
 
@@ -142,7 +148,7 @@ def _clean_starts(packets: Sequence[_Packet]) -> tuple[int, ...]:
         pts
         for packet, pts, before, after in zip(packets, times, latest_before[:-1], earliest_from, strict=True)
         if packet.is_key and not packet.is_hidden and before < pts == after
-        if packet.first_slice is None or packet.first_slice.is_idr
+        if packet.start is None or packet.start.forgets
     )
 
 

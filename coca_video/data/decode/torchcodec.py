@@ -28,6 +28,10 @@ class TorchcodecReader(VideoReader):
             raise UnreadableVideo(
                 f"{self.name}: torchcodec would misnumber its frames: {index.uncountable}; {USE_AUTO}"
             )
+        if index.changes_headers:
+            raise UnreadableVideo(
+                f"{self.name}: torchcodec reads one size, and its pictures may change theirs; {USE_AUTO}"
+            )
         if index.other_colours is not None:
             raise UnreadableVideo(
                 f"{self.name}: torchcodec would give other colours: {index.other_colours}; {USE_AUTO}"

@@ -187,12 +187,15 @@ def _report_unreadable(causes: list[str], *, total: int) -> int:
 
 def print_accuracy(evaluation: dict[str, Any]) -> None:
     """The figures of a written result, with the classes from worst to best where there are few."""
-    print(f"videos      {evaluation['num_videos']} read, {evaluation['num_unreadable']} unreadable")
-    print(f"top-1       {evaluation['top1']:.4f}")
+    num_read, num_unreadable = evaluation["num_videos"], evaluation["num_unreadable"]
+    num_right = round(evaluation["top1"] * num_read)
+    print(f"videos      {num_read} read, {num_unreadable} unreadable")
+    print(f"top-1       {evaluation['top1']:.4f} ({num_right} of the {num_read} read)")
+    if num_unreadable:
+        total = num_read + num_unreadable
+        print(f"            {evaluation['top1_unreadable_wrong']:.4f} ({num_right} of all {total}, unreadable as wrong)")
     print(f"top-5       {evaluation['top5']:.4f}")
     print(f"mean class  {evaluation['mean_class']:.4f}")
-    if evaluation["num_unreadable"]:
-        print(f"top-1 with unreadable videos as wrong  {evaluation['top1_unreadable_wrong']:.4f}")
     seen = {name: row for name, row in evaluation["per_class"].items() if row["videos"]}
     worst_first = sorted(seen.items(), key=lambda item: item[1]["top1"])
     for name, row in worst_first[:MAX_CLASSES_SHOWN]:

@@ -116,7 +116,7 @@ def test_corrupt_clips_in_evaluation(model: Path, clips: Path, capsys: pytest.Ca
     arguments = ["evaluate", str(clips), "--model", str(model), "--split", "test", "--device", "cpu"]
     assert main(arguments) == 1
     out, error = capsys.readouterr()
-    assert "videos      9 read, 1 unreadable" in out and "top-1 with unreadable videos as wrong" in out
+    assert "videos      9 read, 1 unreadable" in out and "of all 10, unreadable as wrong)" in out
     assert "1 of 10 could not be read" in error and f"{broken.path}: " in error and "Traceback" not in error
     document = json.loads((model / "evaluation" / "manifest_test.json").read_text())
     assert (document["num_videos"], document["num_unreadable"]) == (9, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import av
 import pytest
 
-from coca_video.data.decode.h264 import Start, sequence_headers, start_of
+from coca_video.data.decode.bitstream import Start, sequence_headers, start_of
 from coca_video.data.decode.index import index_packets
 from coca_video.data.decode.source import as_source
 from tests.data.numbered_videos import encode

@@ -1,4 +1,4 @@
-"""The little of H.264's and HEVC's bit streams that tells where decoding can start, and whether pictures change size.
+"""The little of the bit streams of H.264, HEVC and VP9 that tells where decoding can start, and of which size.
 
 ITU-T H.264, 7.3 and 7.4; ITU-T H.265, 7.3.1.2 and table 7-1; ISO/IEC 14496-15 for the records avcC and hvcC.
 """
@@ -36,6 +36,11 @@ def start_of(data: bytes, *, record: bytes | None, codec: str) -> Start:
             # HEVC's leading pictures apart, which follow such a picture in the file, none refers further back.
             return Start(is_whole=unit_type in HEVC_INTRA, forgets=unit_type in HEVC_INTRA)
     return Start(is_whole=False, forgets=False)
+
+
+def vp9_size_header(data: bytes) -> bytes:
+    """What of a key frame of VP9 gives its colours and size (VP9 bitstream, 6.2; in profile 0 they end in byte 8)."""
+    return data[1:8] + bytes(byte & 0xF0 for byte in data[8:9])
 
 
 def sequence_headers(data: bytes, *, record: bytes | None, codec: str) -> set[bytes]:

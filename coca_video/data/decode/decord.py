@@ -25,7 +25,7 @@ class DecordReader(VideoReader):
     backend = "decord"
 
     def __init__(self, source: Source, *, index: PacketIndex) -> None:
-        self.name = source.name
+        self.name, self._source, self._stamp = source.name, source, source.stamp()
         if (cause := _misread(index)) is not None:
             raise UnreadableVideo(f"{self.name}: decord would return {cause}; {USE_AUTO}")
         import decord
@@ -44,6 +44,8 @@ class DecordReader(VideoReader):
         self._set_timeline(index.timeline)
 
     def _frames(self, indices: list[int]) -> UInt8[Tensor, "len 3 height width"]:
+        if self._source.stamp() != self._stamp:  # of a file cut since, decord returns other frames without a word
+            raise UnreadableVideo(f"{self.name}: the file changed while it was read")
         try:
             rgb = self._reader.get_batch(indices).asnumpy()
         except self._errors as error:
@@ -65,7 +67,7 @@ def _misread(index: PacketIndex) -> str | None:
         return "wrong frames: an edit list hides some of its packets"
     if index.open_groups:
         return "wrong frames: it has open groups of pictures, whose first pictures are shown before their key frame"
-    if index.changes_headers:
+    if index.changes_size:
         return "wrong frames: its pictures may change their size midway"
     if index.num_video_streams > 1:
         return "another stream than the best: it has several video streams"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from coca_video.data.decode.bitstream import Start, sequence_headers, start_of, vp9_size_header
 from coca_video.data.decode.demux import VideoPacket, check_length, clock, open_stream, read_packets
-from coca_video.data.decode.h264 import Start, sequence_headers, start_of
 from coca_video.data.decode.reader import Timeline, timeline
 from coca_video.data.decode.source import Source, UnreadableVideo
 
@@ -27,7 +27,7 @@ class PacketIndex:
 
     pts: presentation times of the frames shown, sorted, in the stream's units. clean_pts: those of the key frames from
     which decoding can start: all that is shown earlier lies before them in the file, all that is shown later behind.
-    hides_packets: by an edit list. changes_headers: its pictures may change their size midway. other_colours: why
+    hides_packets: by an edit list. changes_size: its pictures may change their size midway. other_colours: why
     other backends convert its pixels to another RGB, None where they do not. uncountable: why the n-th frame shown
     cannot be told from the packets, None where it can.
     """
@@ -39,7 +39,7 @@ class PacketIndex:
     num_video_streams: int
     hides_packets: bool
     open_groups: bool
-    changes_headers: bool
+    changes_size: bool
     other_colours: str | None
     uncountable: str | None
     timeline: Timeline
@@ -60,14 +60,14 @@ def index_packets(source: Source) -> PacketIndex:
     """Reads all packets of the best video stream; UnreadableVideo for what is no video, or cut off."""
     with open_stream(source) as (container, stream):
         check_length(source, container=container, stream=stream)
-        context, headers = stream.codec_context, set[bytes]()
+        context, sizes = stream.codec_context, set[bytes]()
         codec, record = context.codec.canonical_name, context.extradata
         packets = list[_Packet]()
         for packet in read_packets(source, container=container, stream=stream):
             if packet.size > 0:
                 packets.append(_note(packet, codec=codec, record=record))
-                if packet.is_keyframe and codec in ("h264", "hevc"):
-                    headers |= sequence_headers(bytes(packet), record=record, codec=codec)
+                if packet.is_keyframe:
+                    sizes |= _size_headers(bytes(packet), codec=codec, record=record)
         shown = [packet for packet in packets if not packet.is_hidden]
         if not shown:
             raise UnreadableVideo(f"{source.name}: its video stream holds no frame")
@@ -81,7 +81,7 @@ def index_packets(source: Source) -> PacketIndex:
             num_video_streams=len(container.streams.video),
             hides_packets=len(shown) < len(packets),
             open_groups=_has_open_groups(packets),
-            changes_headers=len(headers) > 1 or any(header not in (record or header) for header in headers),
+            changes_size=len(sizes) > 1,
             other_colours=_other_colours(context),
             uncountable=_uncountable(packets, stream=stream, container=container.format.name),
             timeline=timeline(times, clock=clock(stream), last_duration=last.duration),
@@ -98,6 +98,16 @@ def _note(packet: VideoPacket, *, codec: str, record: bytes | None) -> _Packet:
         is_hidden=packet.is_discard,
         start=start_of(bytes(packet), record=record, codec=codec) if starts else None,
     )
+
+
+def _size_headers(data: bytes, *, codec: str, record: bytes | None) -> set[bytes]:
+    """What gives the size of the pictures from this key frame's packet on; another may mean another size."""
+    if codec == "vp9":
+        return {vp9_size_header(data)}
+    if codec not in ("h264", "hevc"):
+        return set()
+    inside = sequence_headers(data, record=record, codec=codec)
+    return inside if record is None else {b"the record's", *(header for header in inside if header not in record)}
 
 
 def _uncountable(packets: Sequence[_Packet], *, stream: "av.VideoStream", container: str) -> str | None:

@@ -2,7 +2,7 @@
 
 import io
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 
 @runtime_checkable
@@ -36,13 +36,23 @@ class Source(NamedTuple):
         """What PyAV and torchcodec take: a path, or a new file object over the bytes."""
         return str(self.data) if isinstance(self.data, Path) else io.BytesIO(self.data)
 
-    def open_file(self) -> BinaryIO:
+    def open_file(self) -> io.BufferedReader | io.BytesIO:
         """A file object at the first byte."""
         return self.data.open("rb") if isinstance(self.data, Path) else io.BytesIO(self.data)
 
     def num_bytes(self) -> int:
         """The size of the file."""
         return self.data.stat().st_size if isinstance(self.data, Path) else len(self.data)
+
+    def stamp(self) -> tuple[int, int]:
+        """Size and time of change: another stamp is another file. UnreadableVideo where it is gone."""
+        if isinstance(self.data, bytes):
+            return len(self.data), 0
+        try:
+            found = self.data.stat()
+        except FileNotFoundError as error:
+            raise UnreadableVideo(f"{self.name}: the file was removed while it was read") from error
+        return found.st_size, found.st_mtime_ns
 
 
 def is_url(source: object) -> bool:

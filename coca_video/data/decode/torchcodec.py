@@ -28,7 +28,7 @@ class TorchcodecReader(VideoReader):
             raise UnreadableVideo(
                 f"{self.name}: torchcodec would misnumber its frames: {index.uncountable}; {USE_AUTO}"
             )
-        if index.changes_headers:
+        if index.changes_size:
             raise UnreadableVideo(
                 f"{self.name}: torchcodec reads one size, and its pictures may change theirs; {USE_AUTO}"
             )

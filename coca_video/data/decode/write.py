@@ -190,7 +190,8 @@ def _encode(source: Source, *, partial: Path, config: TranscodeConfig, timeline:
 def _add_encoder(
     target: "av.container.OutputContainer", *, config: TranscodeConfig, height: int, width: int
 ) -> "av.VideoStream":
-    options = {"crf": str(config.crf), "preset": config.preset, "x264-params": _FAST_ACCESS}
+    # frame_duration: else every frame is said to last as long as the mean, and of the last one a player believes it
+    options = {"crf": str(config.crf), "preset": config.preset, "x264-params": _FAST_ACCESS, "flags": "+frame_duration"}
     encoder = target.add_stream("libx264", options=options)
     context = encoder.codec_context
     context.height, context.width, context.pix_fmt = height, width, "yuv420p"

@@ -1,4 +1,4 @@
-"""Every coca-video command in README.md and in the docstrings of configs parses: files are there, options exist."""
+"""Every coca-video command in README.md, the recipes' pages and the docstrings of configs parses: its options exist."""
 
 import ast
 import shlex
@@ -8,10 +8,13 @@ import pytest
 
 from coca_video.cli.arguments import load_config, parse_options
 from coca_video.cli.caption import CaptionOptions
+from coca_video.cli.doctor import DoctorOptions
 from coca_video.cli.evaluate import EvaluateOptions
 from coca_video.cli.predict import PredictOptions
+from coca_video.cli.prepare import PrepareOptions
 from coca_video.cli.quickstart import QuickstartOptions
 from coca_video.cli.tokenizer import TokenizerOptions
+from coca_video.cli.transcode import TranscodeOptions
 from coca_video.train.classify import ProbeConfig
 from coca_video.train.pretrain import PretrainConfig
 
@@ -19,17 +22,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}
 OPTIONS = {
     "caption": CaptionOptions,
+    "doctor": DoctorOptions,
     "evaluate": EvaluateOptions,
     "predict": PredictOptions,
+    "prepare": PrepareOptions,
     "quickstart": QuickstartOptions,
     "tokenizer": TokenizerOptions,
+    "transcode": TranscodeOptions,
 }
 
 
 def commands() -> list[str]:
     """Indented lines that start with coca-video."""
     docstrings = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in REPOSITORY.glob("configs/*/*.py")]
-    text = "\n".join([(REPOSITORY / "README.md").read_text(), *docstrings])
+    pages = [path.read_text() for path in (REPOSITORY / "README.md", *REPOSITORY.glob("datasets/*/README.md"))]
+    text = "\n".join([*pages, *docstrings])
     lines = text.replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.startswith("    coca-video ")]
 

@@ -10,6 +10,9 @@ from coca_video import __version__
 
 VERBS = {
     "quickstart": "the whole line on a drawn world, in minutes: pretrain, probe, evaluate",
+    "doctor": "what works on this machine; with a file, what that video is",
+    "prepare": "from a data set as it lies on disk to a manifest, with every file checked",
+    "transcode": "make videos small and quick to sample",
     "tokenizer": "learn a vocabulary from captions",
     "pretrain": "train CoCa on captioned images: contrastive + captioning loss",
     "probe": "train a single-query probe on the frames of a frozen image encoder",
@@ -23,8 +26,16 @@ USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb. Exit status: 0 done, 1 done but for some inputs, 2 bad usage or input, 130 stopped."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        return _dispatch(arguments)
+    except BrokenPipeError:  # whoever read our output has seen enough: `coca-video predict ... | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_overview())
+        print(_overview(), flush=True)
         return 0 if arguments else USAGE_ERROR
     if arguments[0] == "--version":
         print(f"coca-video {__version__}")
@@ -45,9 +56,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     except KeyboardInterrupt as stopped:
         print(f"coca-video {verb}: {str(stopped) or 'Interrupted.'}", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has seen enough: `coca-video predict ... | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _fail(f"{verb}: {error}")
 

@@ -58,8 +58,18 @@ def find_file(name: str) -> Path:
     raise ValueError(f"There is no file {name}, neither here nor among those that come with coca_video.")
 
 
+def find_folder(name: Path) -> Path:
+    """The folder `name` in the working directory, else the copy that the package carries."""
+    for root in _roots():
+        if (root / name).is_dir():
+            return root / name
+    beside = sorted(path.name for root in _roots() for path in (root / name).parent.glob("*") if path.is_dir())
+    there = f"; beside it there are: {', '.join(dict.fromkeys(beside))}" if beside else ""
+    raise ValueError(f"There is no folder {name}, neither here nor among those that come with coca_video{there}.")
+
+
 def _roots() -> tuple[Path, ...]:
-    """Where configs are looked for: here, then in the installed package, or in the checkout it is run from."""
+    """Where configs and recipes are looked for: here, then in the installed package or the checkout it is run from."""
     checkout = PACKAGE.parent
     shipped = (PACKAGE / "_shipped",) if (PACKAGE / "_shipped").is_dir() else (checkout,)
     return (Path.cwd(), *shipped)

@@ -193,7 +193,8 @@ def print_accuracy(evaluation: dict[str, Any]) -> None:
     print(f"top-1       {evaluation['top1']:.4f} ({num_right} of the {num_read} read)")
     if num_unreadable:
         total = num_read + num_unreadable
-        print(f"            {evaluation['top1_unreadable_wrong']:.4f} ({num_right} of all {total}, unreadable as wrong)")
+        as_wrong = evaluation["top1_unreadable_wrong"]
+        print(f"            {as_wrong:.4f} ({num_right} of all {total}, unreadable as wrong)")
     print(f"top-5       {evaluation['top5']:.4f}")
     print(f"mean class  {evaluation['mean_class']:.4f}")
     seen = {name: row for name, row in evaluation["per_class"].items() if row["videos"]}

@@ -1,6 +1,7 @@
-"""A frozen single-query probe on UT-Interaction: 6 actions, 83 clips to train on, 37 to test on (its fixed split).
+r"""A frozen single-query probe on UT-Interaction: 6 actions, 83 clips to train on, 37 to test on (its fixed split).
 
-    python datasets/ut_interaction/prepare.py data/ut_interaction --out runs/ut_interaction
+    coca-video prepare datasets/ut_interaction --videos data/ut_interaction \
+        --annotations data/ut_interaction/clips.csv --out runs/ut_interaction
     coca-video probe configs/probe/ut_interaction.py
 
 37 clips are too few for a claim (one is 2.7 points): benchmarks/ut_interaction.py runs the published protocol. What

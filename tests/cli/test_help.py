@@ -6,8 +6,31 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = {"torch", "torchvision", "timm", "av", "decord", "matplotlib", "tokenizers", "huggingface_hub", "tensorboard"}
-VERBS = ("tokenizer", "pretrain", "probe", "evaluate", "predict", "caption", "quickstart")
+HEAVY = {
+    "torch",
+    "torchvision",
+    "timm",
+    "av",
+    "decord",
+    "torchcodec",
+    "fsspec",
+    "matplotlib",
+    "tokenizers",
+    "huggingface_hub",
+    "tensorboard",
+}
+VERBS = (
+    "doctor",
+    "prepare",
+    "transcode",
+    "tokenizer",
+    "pretrain",
+    "probe",
+    "evaluate",
+    "predict",
+    "caption",
+    "quickstart",
+)
 
 # writes the names of the loaded modules to the file named first, then exits as the program did
 PROGRAM = """

@@ -5,7 +5,8 @@ other backend returns must equal it, else the backend refuses the file in a sent
 decord and torchcodec, and only when a video is opened.
 """
 
-from coca_video.data.decode.open import open_video
+from coca_video.data.decode.describe import VideoFacts, describe
+from coca_video.data.decode.open import count_frames, open_video
 from coca_video.data.decode.proof import prove
 from coca_video.data.decode.reader import BACKENDS, Backend, BackendName, VideoReader
 from coca_video.data.decode.source import UnreadableVideo, VideoSource
@@ -16,8 +17,11 @@ __all__ = [
     "Backend",
     "BackendName",
     "UnreadableVideo",
+    "VideoFacts",
     "VideoReader",
     "VideoSource",
+    "count_frames",
+    "describe",
     "open_video",
     "prove",
     "write_video",

@@ -7,6 +7,7 @@ from typing import get_args
 from jaxtyping import UInt8
 from torch import Tensor
 
+from coca_video.data.decode.demux import check_length, decode_stream, open_stream
 from coca_video.data.decode.images import ImageFolderReader
 from coca_video.data.decode.index import PacketIndex, index_packets
 from coca_video.data.decode.proof import open_with, prove
@@ -37,6 +38,17 @@ def open_video(source: VideoSource, *, backend: Backend = "auto", images_per_sec
     if chosen != "auto":
         return open_with(chosen, source=opened, index=index)
     return _open_first(opened, index=index)
+
+
+def count_frames(source: VideoSource) -> int:
+    """Decodes every frame of a video in order by PyAV, turning none into RGB, and returns how many there are.
+
+    UnreadableVideo at the first that is damaged, or where the file is none or cut off.
+    """
+    opened = as_source(source)
+    with open_stream(opened) as (container, stream):
+        check_length(opened, container=container, stream=stream)
+        return sum(1 for _ in decode_stream(opened, container=container, stream=stream))
 
 
 def choose_backend(backend: Backend) -> Backend:

@@ -1,0 +1,45 @@
+"""`coca-video prepare RECIPE --videos DIR --out DIR`: from a data set as it lies on disk to a manifest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from coca_video.cli.arguments import find_folder, parse_options, say
+from coca_video.data.prepare import JOURNAL_FILE, PrepareConfig, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareOptions(PrepareConfig):
+    """Finds and checks the video files of a data set, and writes its manifest.
+
+    Every file is really decoded. What was checked is kept at once: a stopped run goes on with the same command.
+    """
+
+    recipe: tyro.conf.Positional[Path]
+    """Folder of the data set's recipe: datasets/kinetics, datasets/ucf101, ... (datasets/folder for your own clips)."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prepares, prints the summary. Status 1 when some of the files could not be read."""
+    options = parse_options(PrepareOptions, verb="prepare", arguments=arguments)
+    from coca_video.data.prepare_report import summary_lines
+    from coca_video.data.recipe import load_recipe
+    from coca_video.train.loop import progress_bar
+
+    folder = find_folder(options.recipe)
+    recipe = load_recipe(folder)
+    try:
+        report = prepare(recipe, folder=folder, config=options, progress=progress_bar)
+    except KeyboardInterrupt as stopped:
+        kept = options.out / JOURNAL_FILE
+        if not kept.is_file():
+            raise
+        raise KeyboardInterrupt(
+            f"Interrupted; what was checked is kept in {kept}: the same command goes on from there."
+        ) from stopped
+    for notice in report.notices:
+        say(notice)
+    print("\n".join(summary_lines(report)))
+    return 1 if report.num_unreadable() else 0

@@ -1,0 +1,292 @@
+"""From a data set as it lies on disk to a manifest: its list, the files found, what decodes, what is wrong with it."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from coca_video.data.annotations import (
+    check_class_order,
+    is_peer_list,
+    path_keys,
+    read_class_folders,
+    read_peer_list,
+    read_text,
+)
+from coca_video.data.layout import FileKeys, Matches, VideoFiles, find_videos, match_files
+from coca_video.data.leaks import OtherClip, find_leaks, read_other
+from coca_video.data.manifest import CLASSES_FILE, read_classes
+from coca_video.data.prepare_report import PrepareReport, ScanRow, Status, manifest_row, write_report
+from coca_video.data.recipe import Entry, Recipe, Request, recipe_classes
+from coca_video.data.scan import Check, FileCheck, Progress, hash_contents, scan
+
+JOURNAL_FILE = "scan.jsonl"
+SHORT_SHARE = 0.9  # of the nominal length; clips cut at key frames are a little shorter than their list says
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """What to prepare, from what, and how closely to look."""
+
+    videos: Path
+    """Folder that holds the video files, in any layout."""
+    out: Path
+    """Folder for manifest.csv, classes.txt, scan.csv, summary.json and the journal that lets a stopped run go on."""
+    annotations: tuple[Path, ...] = ()
+    """The data set's own lists, or lists of other projects (path label); without any, class folders below --videos."""
+    version: str | None = None
+    """Version of the data set; the recipe's first when not given."""
+    split: str | None = None
+    """Of a list that does not say its split, or of folders, the split they are; otherwise the only split to take."""
+    classes: Path | None = None
+    """The label map that came with such a list, to be checked; for a recipe without classes, the order of classes."""
+    check: Check = "quick"
+    """How every file is tried: first, middle and last frame (quick), every frame (full), or not at all (none)."""
+    num_workers: int | None = None
+    """Processes that decode; one for each processor when not given."""
+    timeout_seconds: float = 60.0
+    """A file that takes longer counts as corrupt."""
+    min_seconds: float | None = None
+    """Clips that last less are too short; 0.9 of what the list says when not given."""
+    drop_short: bool = False
+    """Leave clips that are too short out of the manifest."""
+    against: Path | None = None
+    """Another manifest, or an official CSV of Kinetics: clips that both share are listed in leaks.csv."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers is not None and self.num_workers < 1:
+            raise ValueError(f"--num-workers must be at least 1; got {self.num_workers}.")
+        for name, seconds in (("timeout", self.timeout_seconds), ("min", self.min_seconds)):
+            if seconds is not None and not seconds > 0:
+                raise ValueError(f"--{name}-seconds must be above 0; got {seconds:g}.")
+        if self.check == "none" and (self.min_seconds is not None or self.drop_short):
+            raise ValueError("--min-seconds and --drop-short need the length of every file; leave out --check none.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The clips to look for, the classes in their order, and by which keys files are known."""
+
+    entries: tuple[Entry, ...]
+    classes: tuple[str, ...]
+    file_keys: FileKeys
+    notices: tuple[str, ...] = ()
+
+
+def prepare(recipe: Recipe, *, folder: Path, config: PrepareConfig, progress: Progress) -> PrepareReport:
+    """Finds and checks the files of a data set's list, and writes the manifest and the tables into `config.out`.
+
+    What was checked is kept as it comes: stopped at any moment, the same call goes on where it was.
+
+    Raises:
+        ValueError: the list, the folder or an option is wrong, or no file or no readable file of the list was found.
+    """
+    version = next(iter(recipe.versions)) if config.version is None else config.version
+    others = None if config.against is None else read_other(config.against)
+    listing = list_entries(recipe, folder=folder, version=version, config=config)
+    videos = config.videos.absolute()
+    found = find_videos(videos)
+    matches = match_files(listing.entries, found=found, file_keys=listing.file_keys)
+    if not matches.files:
+        raise ValueError(_nothing_found(listing, found=found, videos=config.videos))
+    checks = _scan(matches, videos=videos, config=config, progress=progress)
+    nominal_seconds = recipe.versions[version].nominal_seconds
+    rows = _clip_rows(listing.entries, matches=matches, checks=checks, nominal_seconds=nominal_seconds, config=config)
+    hashes = _hash(rows, others=others or (), videos=videos, config=config, progress=progress)
+    rows = _with_contents(rows, hashes=hashes, videos=videos)
+    kept: tuple[Status, ...] = ("ok",) if config.drop_short else ("ok", "short")
+    manifest_rows = tuple(manifest_row(row, videos=videos) for row in rows if row.status in kept)
+    report = PrepareReport(
+        name=f"{recipe.name} {version}" if len(recipe.versions) > 1 else recipe.name,
+        videos=config.videos,
+        out=config.out,
+        against=config.against,
+        check=config.check,
+        classes=listing.classes,
+        official=recipe.versions[version].official,
+        rows=(*rows, *(ScanRow(entry=None, status="extra", path=path.as_posix()) for path in matches.extra)),
+        manifest_rows=manifest_rows,
+        leaks=None if others is None else tuple(find_leaks(manifest_rows, others=others, hashes=hashes)),
+        notices=listing.notices,
+    )
+    write_report(report)
+    return report
+
+
+def list_entries(recipe: Recipe, *, folder: Path, version: str, config: PrepareConfig) -> Listing:
+    """The clips of the annotations given, of the split asked for.
+
+    Raises:
+        ValueError: an annotation file is wrong, or no clip has the split.
+    """
+    official = recipe_classes(recipe, folder=folder, version=version)
+    classes = official
+    if config.classes is not None and official:
+        check_class_order(read_text(config.classes).splitlines(), ours=official, source=str(config.classes))
+    elif config.classes is not None:
+        classes = read_classes(config.classes)
+    peers = [is_peer_list(path) for path in config.annotations]
+    if any(peers):
+        listing = _read_peer_lists(config, peers=peers, classes=classes)
+    elif config.annotations or not official:
+        request = Request(annotations=config.annotations, videos=config.videos, version=version, classes=classes)
+        entries = tuple(recipe.list_clips(request))
+        classes = classes or _own_classes(entries, videos=config.videos)
+        listing = Listing(entries=entries, classes=classes, file_keys=recipe.file_keys)
+    else:
+        entries = tuple(read_class_folders(config.videos, classes=classes))
+        listing = Listing(entries=entries, classes=classes, file_keys=path_keys)
+    _check_ids(listing.entries)
+    return listing if config.split is None else _select(listing, split=config.split)
+
+
+def _read_peer_lists(config: PrepareConfig, *, peers: Sequence[bool], classes: tuple[str, ...]) -> Listing:
+    for path, is_peer in zip(config.annotations, peers, strict=True):
+        if not is_peer:
+            raise ValueError(
+                f"{path} is no list of lines 'path label', and {config.annotations[peers.index(True)]} is one; give "
+                "the data set's own files, or such lists alone."
+            )
+    if config.split is None:
+        raise ValueError(f"{config.annotations[0]} does not say of which split its clips are; name it with --split.")
+    if not classes:
+        raise ValueError(f"{config.annotations[0]} holds numbers of classes; give the classes with --classes FILE.")
+    lists = [read_peer_list(path, classes=classes, split=config.split) for path in config.annotations]
+    return Listing(
+        entries=tuple(entry for one in lists for entry in one.entries),
+        classes=classes,
+        file_keys=path_keys,
+        notices=tuple(one.notice for one in lists if one.notice is not None),
+    )
+
+
+def _own_classes(entries: Sequence[Entry], *, videos: Path) -> tuple[str, ...]:
+    """Of one's own clips: classes.txt beside them, else their names sorted, since no other order is meant."""
+    own = videos / CLASSES_FILE
+    return read_classes(own) if own.is_file() else tuple(sorted({entry.label for entry in entries if entry.label}))
+
+
+def _check_ids(entries: Sequence[Entry]) -> None:
+    ids = Counter(entry.video_id for entry in entries)
+    twice = [video_id for video_id, count in ids.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} clips are listed more than once, the first is {twice[0]!r}; give lists that share no clip."
+        )
+
+
+def _select(listing: Listing, *, split: str) -> Listing:
+    """The entries of one split; entries that have none are of this one."""
+    named = [entry if entry.split else replace(entry, split=split) for entry in listing.entries]
+    chosen = tuple(entry for entry in named if entry.split == split)
+    if not chosen:
+        there = ", ".join(repr(name) for name in sorted({entry.split for entry in named}))
+        raise ValueError(f"No clip of the list has the split {split!r}; the splits there are: {there or 'none'}.")
+    return replace(listing, entries=chosen)
+
+
+def _nothing_found(listing: Listing, *, found: VideoFiles, videos: Path) -> str:
+    expected = listing.entries[0].keys[0] if listing.entries else "none: the list is empty"
+    names = [*found.videos, *found.image_folders]
+    shown = ", ".join(path.as_posix() for path in names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"None of the {len(listing.entries):,} listed clips is below {videos}: expected names like {expected!r}, and "
+        f"the {len(found.videos):,} video files there have names like: {shown or 'none'}."
+    )
+
+
+def _scan(
+    matches: Matches, *, videos: Path, config: PrepareConfig, progress: Progress
+) -> dict[PurePosixPath, FileCheck]:
+    paths = {videos / path: path for paths in matches.files.values() for path in paths}
+    checks = scan(
+        list(paths),
+        check=config.check,
+        journal=config.out / JOURNAL_FILE,
+        num_workers=_num_workers(config),
+        timeout_seconds=config.timeout_seconds,
+        progress=progress,
+    )
+    return {paths[path]: check for path, check in checks.items()}
+
+
+def _num_workers(config: PrepareConfig) -> int:
+    if config.num_workers is not None:
+        return config.num_workers
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _clip_rows(
+    entries: Sequence[Entry],
+    *,
+    matches: Matches,
+    checks: Mapping[PurePosixPath, FileCheck],
+    nominal_seconds: float | None,
+    config: PrepareConfig,
+) -> list[ScanRow]:
+    """A row for each entry, and after it one for each further file of it."""
+    rows = []
+    for entry in entries:
+        paths = matches.files.get(entry.video_id)
+        if paths is None:
+            rows.append(ScanRow(entry=entry, status="missing", cause=matches.causes.get(entry.video_id, "")))
+            continue
+        chosen = next((path for path in paths if checks[path].status == "ok"), paths[0])
+        nominal = nominal_seconds if entry.nominal_seconds is None else entry.nominal_seconds
+        least = config.min_seconds if config.min_seconds is not None else SHORT_SHARE * (nominal or 0.0)
+        rows.append(_judge(entry, path=chosen, check=checks[chosen], min_seconds=least))
+        for path in paths:
+            if path != chosen:
+                check = checks[path]
+                cause = check.cause or f"{chosen} was taken"
+                rows.append(ScanRow(entry=entry, status="duplicate_id", cause=cause, path=path.as_posix(), check=check))
+    return rows
+
+
+def _judge(entry: Entry, *, path: PurePosixPath, check: FileCheck, min_seconds: float) -> ScanRow:
+    found = ScanRow(entry=entry, status="ok", path=path.as_posix(), check=check)
+    if check.status == "corrupt":
+        return replace(found, status="corrupt", cause=check.cause)
+    if check.duration_seconds is not None and check.duration_seconds < min_seconds:
+        return replace(found, status="short", cause=f"{check.duration_seconds:.2f} s of at least {min_seconds:g} s")
+    return found
+
+
+def _hash(
+    rows: Sequence[ScanRow],
+    *,
+    others: Sequence[OtherClip],
+    videos: Path,
+    config: PrepareConfig,
+    progress: Progress,
+) -> dict[Path, str]:
+    """Content hashes of the files that share their size with another: the rest cannot have equal content."""
+    by_size = defaultdict[int, dict[Path, None]](dict)
+    for row in rows:
+        if row.check is not None and row.check.status == "ok":
+            by_size[row.check.num_bytes][videos / row.path] = None
+    for other in others:
+        if other.path is not None and other.path.is_file() and (size := other.path.stat().st_size) in by_size:
+            by_size[size][other.path] = None
+    paths = [path for group in by_size.values() if len(group) > 1 for path in group]
+    if not paths:
+        return {}
+    return hash_contents(
+        paths,
+        journal=config.out / JOURNAL_FILE,
+        num_workers=_num_workers(config),
+        timeout_seconds=config.timeout_seconds,
+        progress=progress,
+    )
+
+
+def _with_contents(rows: Sequence[ScanRow], *, hashes: Mapping[Path, str], videos: Path) -> list[ScanRow]:
+    """The rows with their hashes, and with the first clip of the same content."""
+    first: dict[str, str] = {}
+    done = []
+    for row in rows:
+        content_hash = hashes.get(videos / row.path, "") if row.path else ""
+        same = first.setdefault(content_hash, row.name) if content_hash else row.name
+        done.append(replace(row, content_hash=content_hash, same_content_as="" if same == row.name else same))
+    return done

@@ -1,0 +1,264 @@
+"""Many videos to H.264 files for fast random access: planned up front, in parallel, resumable, originals untouched."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from coca_video.data.decode.source import UnreadableVideo
+from coca_video.data.decode.write import PARTIAL_PREFIX, TranscodeConfig, transcode_video
+from coca_video.data.manifest import CLASSES_FILE, VIDEO_SUFFIXES, Manifest, read_manifest, write_manifest
+from coca_video.data.workers import WorkerFailure, parallel
+
+JOURNAL = "transcode.jsonl"
+MANIFEST = "manifest.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One video and the file to be made of it."""
+
+    source: Path
+    target: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscodePlan:
+    """What is to be done; nothing is written yet. `base` is what source paths are relative to in the journal."""
+
+    base: Path
+    out: Path
+    jobs: tuple[Job, ...]
+    manifest: Manifest | None
+
+
+@dataclass(kw_only=True)
+class TranscodeReport:
+    """What came of it. bytes_in, bytes_out: of the files done now, not of those that were there."""
+
+    num_done: int = 0
+    num_kept: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    unreadable: dict[Path, str] = field(default_factory=dict)
+    """The cause of each, which names the file."""
+
+
+def plan_transcode(source: Path, *, out: Path) -> TranscodePlan:
+    """Finds the videos of a folder (any depth) or of a manifest, and their places below `out`: same layout, .mp4.
+
+    Raises:
+        ValueError: there are no videos; two would get one name; `out` would put files among the originals, or over
+            files that this command did not write.
+    """
+    if source.is_dir():
+        base, manifest = source.absolute(), None
+        paths = sorted(base / path for path in _video_files(source))
+        if not paths:
+            raise ValueError(f"{source} holds no video files; expected {', '.join(sorted(VIDEO_SUFFIXES))}.")
+        originals = base
+    else:
+        manifest = read_manifest(source)
+        paths = _files_of(manifest)
+        originals = Path(os.path.commonpath([str(path.parent) for path in paths]))
+        folder = source.parent.resolve()
+        base = folder if originals.is_relative_to(folder) else originals
+        if out.resolve() == folder:
+            raise ValueError(f"--out {out} is the folder of {source} itself; choose another.")
+    if out.resolve().is_relative_to(originals.resolve()):
+        raise ValueError(f"--out {out} lies inside {originals}, among the originals; choose a folder elsewhere.")
+    jobs = [Job(source=path, target=(out / path.relative_to(base)).with_suffix(".mp4")) for path in paths]
+    _check_targets(jobs, out=out)
+    return TranscodePlan(base=base, out=out, jobs=tuple(jobs), manifest=manifest)
+
+
+def run_transcode(
+    plan: TranscodePlan,
+    *,
+    config: TranscodeConfig,
+    num_workers: int,
+    timeout_seconds: float,
+    on_done: Callable[[TranscodeReport], object],
+) -> TranscodeReport:
+    """Transcodes what is missing, or whose source or settings changed since the journal's entry; then the manifest.
+
+    Each file, and the line of the journal that tells of it, appears whole or not at all, whatever ends the process.
+    `on_done` is called after each file. Files that cannot be read are listed and left out of the new manifest.
+
+    Raises:
+        ValueError: another process is writing to the same folder.
+        OSError: the disk is full, or what else keeps files from being written.
+    """
+    plan.out.mkdir(parents=True, exist_ok=True)
+    report = TranscodeReport()
+    with _locked_journal(plan.out / JOURNAL) as journal:
+        done = _read_journal(plan.out / JOURNAL)
+        todo = []
+        for job in plan.jobs:
+            if _is_done(job, entry=done.get(_name(job, plan=plan)), plan=plan, config=config):
+                report.num_kept += 1
+                on_done(report)
+            else:
+                todo.append(job)
+        work = partial(_transcode_one, config=config)
+        results = parallel(work, todo, num_workers=num_workers, timeout_seconds=timeout_seconds)
+        with closing(results):
+            for job, result in results:
+                _note(job, result, report=report, plan=plan, config=config, journal=journal)
+                on_done(report)
+    _write_lists(plan, report=report)
+    return report
+
+
+def _video_files(folder: Path) -> Iterator[Path]:
+    """Paths relative to `folder`; names that start with a dot (macOS leaves ._clip.mp4) are no clips."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
+                yield (Path(parent) / name).relative_to(folder)
+
+
+def _files_of(manifest: Manifest) -> list[Path]:
+    """The video files of its rows, each once, in order."""
+    files = dict[Path, None]()
+    for row in manifest.rows:
+        if isinstance(row.path, str):
+            raise ValueError(f"{manifest.source} names {row.path}, a URL; transcode reads files: fetch it first.")
+        files[row.path] = None
+    return list(files)
+
+
+def _check_targets(jobs: Sequence[Job], *, out: Path) -> None:
+    """No target twice, none in a folder of originals (by links either), none over a file of somebody else."""
+    by_target: dict[Path, Path] = {}
+    for job in jobs:
+        if job.target in by_target:
+            raise ValueError(
+                f"{by_target[job.target]} and {job.source} would both become {job.target}; rename one of them."
+            )
+        by_target[job.target] = job.source
+    parents = {path: path.resolve() for job in jobs for path in (job.source.parent, job.target.parent)}
+    originals = {job.source.resolve().parent if job.source.is_symlink() else parents[job.source.parent] for job in jobs}
+    ours = (out / JOURNAL).is_file()
+    for job in jobs:
+        if parents[job.target.parent] in originals:
+            raise ValueError(f"{job.target} would lie among the originals; choose another --out.")
+        if not ours and job.target.exists():
+            raise ValueError(f"{job.target} is there, and not by this command; choose an empty folder as --out.")
+
+
+def _name(job: Job, *, plan: TranscodePlan) -> str:
+    return job.target.relative_to(plan.out).as_posix()
+
+
+def _source_name(job: Job, *, plan: TranscodePlan) -> str:
+    return Path(os.path.relpath(job.source, plan.base)).as_posix()
+
+
+def _is_done(job: Job, *, entry: Mapping[str, Any] | None, plan: TranscodePlan, config: TranscodeConfig) -> bool:
+    if entry is None or not job.source.is_file() or not job.target.is_file():
+        return False
+    status = job.source.stat()
+    found = (_source_name(job, plan=plan), status.st_size, status.st_mtime_ns, asdict(config))
+    noted = tuple(entry[key] for key in ("source", "source_bytes", "source_mtime_ns", "settings"))
+    return found == noted and job.target.stat().st_size == entry["num_bytes"]
+
+
+def _transcode_one(job: Job, *, config: TranscodeConfig) -> dict[str, Any] | str:
+    """The facts for the journal, or the cause; the source's state is taken before, so that a later change shows."""
+    if job.source.is_dir():
+        return f"{job.source}: a folder of images, which is not transcoded"
+    job.target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        status = job.source.stat()
+    except OSError as error:
+        return f"{job.source}: {(error.strerror or 'it cannot be opened').lower()}"
+    try:
+        written = transcode_video(job.source, out=job.target, config=config)
+    except UnreadableVideo as error:
+        return str(error)
+    return {"source_bytes": status.st_size, "source_mtime_ns": status.st_mtime_ns, **asdict(written)}
+
+
+def _note(
+    job: Job,
+    result: dict[str, Any] | str | WorkerFailure,
+    *,
+    report: TranscodeReport,
+    plan: TranscodePlan,
+    config: TranscodeConfig,
+    journal: IO[str],
+) -> None:
+    if isinstance(result, dict):
+        entry = {"target": _name(job, plan=plan), "source": _source_name(job, plan=plan), "settings": asdict(config)}
+        journal.write(json.dumps(entry | result) + "\n")
+        journal.flush()
+        report.num_done += 1
+        report.bytes_in += result["source_bytes"]
+        report.bytes_out += result["num_bytes"]
+        return
+    cause = f"{job.source}: {result.cause}" if isinstance(result, WorkerFailure) else result
+    report.unreadable[job.source] = cause
+    job.target.unlink(missing_ok=True)  # of an earlier state of the source
+
+
+@contextmanager
+def _locked_journal(path: Path) -> Iterator[IO[str]]:
+    """The journal, to append to, while no other process of this kind writes to its folder."""
+    with path.open("a", encoding="utf-8") as journal:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by the system, even after kill -9
+            except BlockingIOError as error:
+                raise ValueError(f"{path.parent}: another process is transcoding into it; wait for it.") from error
+        text = path.read_bytes()
+        if text and not text.endswith(b"\n"):  # a kill cut off its last line
+            journal.write("\n")
+        _remove_halves(path.parent)  # of an earlier process that was killed
+        try:
+            yield journal
+        finally:
+            _remove_halves(path.parent)  # of our own that took too long
+
+
+def _remove_halves(folder: Path) -> None:
+    for half in folder.rglob(f"{PARTIAL_PREFIX}*"):
+        half.unlink(missing_ok=True)
+
+
+def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
+    """The last entry of each target; a line that a kill cut off counts for nothing."""
+    entries = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        entries[entry["target"]] = entry
+    return entries
+
+
+def _write_lists(plan: TranscodePlan, *, report: TranscodeReport) -> None:
+    """manifest.csv with the new paths and classes.txt; of a folder, its classes.txt if it has one."""
+    if plan.manifest is None:
+        classes = plan.base / CLASSES_FILE
+        if classes.is_file():
+            shutil.copyfile(classes, plan.out / CLASSES_FILE)
+        return
+    targets = {job.source: job.target for job in plan.jobs if job.source not in report.unreadable}
+    rows = [
+        replace(row, path=targets[row.path])
+        for row in plan.manifest.rows
+        if isinstance(row.path, Path) and row.path in targets
+    ]
+    if rows:
+        write_manifest(plan.out / MANIFEST, rows=rows, classes=plan.manifest.classes)

@@ -7,12 +7,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from coca_video.data.decode.index import PacketIndex, index_packets
-from coca_video.data.decode.reader import BackendName, VideoReader
+from coca_video.data.decode.reader import USE_AUTO, BackendName, VideoReader
 from coca_video.data.decode.source import Source, UnreadableVideo
 
 # 24 frames of H.264 in MP4, 64x64, B-frames, a key frame every 8: column k of 5 is white where bit k of the number is 1
 CLIP = Path(__file__).with_name("proof.mp4")
 NUM_FRAMES, NUM_BITS = 24, 5
+HINTS = {"torchcodec": " (it needs FFmpeg's shared libraries on this system)"}
 ORDER = (23, 0, 13, 7, 7, 18, 2, 9)  # back and forth, over key frames, with a repeat
 
 
@@ -45,7 +46,7 @@ def prove(backend: BackendName) -> str | None:
             frames = reader.frames(ORDER)
             found = reader.num_frames, tuple(_number_shown(frame) for frame in frames.numpy())
     except (ImportError, OSError, RuntimeError, UnreadableVideo) as error:
-        return f"{backend} does not work here: {_first_line(error)}"
+        return f"{backend} does not work here: {_cause(error)}{HINTS.get(backend, '')}"
     if found != (NUM_FRAMES, ORDER):
         return f"{backend} decodes other frames of a known clip: expected {ORDER}, got {found[1]}"
     return None
@@ -56,5 +57,7 @@ def _number_shown(frame: UInt8[np.ndarray, "3 64 64"]) -> int:
     return sum(int(frame[0, 32, 12 * bit + 6] > 127) << bit for bit in range(NUM_BITS))
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _cause(error: Exception) -> str:
+    """The first line of what was raised, without the known clip's path and without advice on files."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.removeprefix(f"{CLIP}: ").removesuffix(f"; {USE_AUTO}")

@@ -76,4 +76,5 @@ class TorchcodecReader(VideoReader):
 
 def _short(error: Exception) -> str:
     """What torchcodec says, without its source position and stack trace."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return line.removesuffix(" Likely causes:").rstrip(".").rsplit(".cpp:", 1)[-1].split(", ", 1)[-1]

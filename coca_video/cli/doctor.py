@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from coca_video.cli.arguments import parse_options, say
+from coca_video.data.workers import num_usable_cpus
 
 # In the order of printing; the second ones are forks that install the same module.
 PACKAGES = (
@@ -46,7 +47,7 @@ class DoctorOptions:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Looks and prints. Status 1 when no decoder works here, or the file cannot be read."""
+    """Looks and prints. Status 1 when `auto` has no decoder that works here, or the file cannot be read."""
     options = parse_options(DoctorOptions, verb="doctor", arguments=arguments)
     report: dict[str, Any] = {
         "versions": _versions(),
@@ -54,7 +55,10 @@ def run(arguments: Sequence[str]) -> int:
         "ffmpeg": _ffmpeg(),
         "machine": _machine(),
     }
-    healthy = any(cause is None for cause in report["decoders"]["proven"].values())
+    decoders = report["decoders"]
+    healthy = decoders["environment_error"] is None and any(
+        decoders["proven"][name] is None for name in decoders["auto_order"]
+    )
     if options.file is not None:
         report["file"] = _file(options.file)
         healthy = healthy and report["file"]["backends"]["auto"]["error"] is None
@@ -117,7 +121,7 @@ def _machine() -> dict[str, Any]:
     return {
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
-        "num_cpus_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "num_cpus_usable": num_usable_cpus(),
         "memory_bytes": _memory_bytes(),
         "gpus": [{"name": gpu.name, "memory_bytes": gpu.total_memory} for gpu in gpus],
         "free_disk_bytes": {
@@ -140,7 +144,10 @@ def _file(path: Path) -> dict[str, Any]:
 
     facts, error = None, None
     try:
-        facts = asdict(describe(path))
+        if path.is_dir():
+            error = f"{path}: a folder, whose images are read as the frames of one video"
+        else:
+            facts = asdict(describe(path))
     except UnreadableVideo as unreadable:
         error = str(unreadable)
     names: tuple[Literal["auto", "torchcodec", "decord", "pyav"], ...] = ("auto", *BACKENDS)

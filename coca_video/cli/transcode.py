@@ -1,6 +1,5 @@
 """`coca-video transcode SOURCE --out DIR`: videos made small and quick to sample."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +8,10 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from coca_video.cli.arguments import parse_options, say
+from coca_video.data.workers import num_usable_cpus
 
 if TYPE_CHECKING:
     from coca_video.data.transcode import TranscodeReport
-
-
-def _num_cpus() -> int:
-    """Those this process may use, which is fewer than the machine's in a container."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +35,7 @@ class TranscodeOptions:
         "medium"
     )
     """x264's effort: slower gives smaller files."""
-    num_workers: int = field(default_factory=_num_cpus)
+    num_workers: int = field(default_factory=num_usable_cpus)
     """Processes; the files are the same with any number."""
     timeout_seconds: float = 600.0
     """A video that takes longer counts as unreadable."""

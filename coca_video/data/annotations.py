@@ -5,17 +5,19 @@ not the data set's. So wherever a path holds a class folder, its number is check
 """
 
 import difflib
+import json
 import logging
-import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
+from coca_video.data.layout import find_videos
 from coca_video.data.manifest import VIDEO_SUFFIXES
-from coca_video.data.recipe import Entry
+from coca_video.data.recipe import Entry, Request
 
 LOGGER = logging.getLogger(__name__)
 NUM_LINES_LOOKED_AT = 100
@@ -289,7 +291,7 @@ def read_class_folders(videos: Path, *, classes: Sequence[str]) -> list[Entry]:
     Raises:
         ValueError: no videos, another or a mixed layout, or a folder that is no class.
     """
-    paths = sorted(PurePosixPath(path.relative_to(videos)) for path in _video_files(videos))
+    paths = find_videos(videos).videos
     _check_layout(paths, videos=videos)
     names = ClassNames(classes)
     labels: dict[str, str] = {}
@@ -326,13 +328,18 @@ def _check_layout(paths: Sequence[PurePosixPath], *, videos: Path) -> None:
             )
 
 
-def _video_files(folder: Path) -> Iterable[Path]:
-    """Video files below `folder`; links are followed; what begins with a dot (macOS leaves ._clip.mp4) is no clip."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if _is_video(name) and not name.startswith("."):
-                yield Path(parent, name)
+def find_annotation(request: Request, *, names: Sequence[str]) -> Path | None:
+    """The first of --annotations that has one of these names, or is a folder that holds a file of such a name."""
+    places = [path / name if path.is_dir() else path for path in request.annotations for name in names]
+    return next((path for path in places if path.name in names and path.is_file()), None)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; ValueError if it is none."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}.") from error
 
 
 def read_text(path: Path) -> str:

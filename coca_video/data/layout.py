@@ -78,6 +78,8 @@ def match_files(entries: Sequence[Entry], *, found: VideoFiles, file_keys: FileK
         here = _first(usable, by_key=videos) or _first(usable, by_key=image_folders)
         if here:
             files[entry.video_id] = here
+        elif not entry.keys:
+            causes[entry.video_id] = "its path in the list ends like another's: no name of a file would tell it"
         elif unsure := _first([key for key in entry.keys if holders[key] > 1], by_key=videos):
             causes[entry.video_id] = f"{unsure[0]} may be this clip or another of the list: its name does not tell"
     taken = {path for paths in files.values() for path in paths}

@@ -4,12 +4,14 @@ Kinetics-400's validation clips lie largely inside Kinetics-700's training list,
 """
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from coca_video.data.annotations import read_text
 from coca_video.data.manifest import VideoRow, read_manifest
 
 
@@ -40,9 +42,12 @@ def read_other(path: Path) -> tuple[OtherClip, ...]:
     Raises:
         ValueError: neither of the two.
     """
-    header = _header(path)
-    if "youtube_id" in header:
-        return tuple(_read_kinetics(path))
+    if not path.is_file():
+        raise ValueError(f"There is no file {path} to compare with: expected a manifest or an official Kinetics CSV.")
+    text = read_text(path)
+    header = [name.strip(' "') for name in text.partition("\n")[0].strip().split(",")]
+    if "youtube_id" in header and "path" not in header:
+        return tuple(_read_kinetics(text, path=path))
     return tuple(
         OtherClip(
             video_id=row.video_id,
@@ -54,18 +59,13 @@ def read_other(path: Path) -> tuple[OtherClip, ...]:
     )
 
 
-def _header(path: Path) -> list[str]:
-    if not path.is_file():
-        raise ValueError(f"There is no file {path} to compare with: expected a manifest or an official Kinetics CSV.")
-    with path.open(encoding="utf-8-sig", newline="", errors="replace") as file:
-        return [name.strip() for name in next(csv.reader(file), [])]
-
-
-def _read_kinetics(path: Path) -> list[OtherClip]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, skipinitialspace=True, restval="")
+def _read_kinetics(text: str, *, path: Path) -> list[OtherClip]:
+    reader = csv.DictReader(io.StringIO(text), skipinitialspace=True, restval="")
+    try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
         rows = list(reader)
+    except csv.Error as error:
+        raise ValueError(f"{path} is not a CSV file: {error}.") from error
     return [
         OtherClip(video_id=_kinetics_id(row), source_id=row["youtube_id"], split=row.get("split", ""), path=None)
         for row in rows

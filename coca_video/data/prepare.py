@@ -1,6 +1,5 @@
 """From a data set as it lies on disk to a manifest: its list, the files found, what decodes, what is wrong with it."""
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,8 @@ from coca_video.data.leaks import OtherClip, find_leaks, read_other
 from coca_video.data.manifest import CLASSES_FILE, read_classes
 from coca_video.data.prepare_report import PrepareReport, ScanRow, Status, manifest_row, write_report
 from coca_video.data.recipe import Entry, Recipe, Request, recipe_classes
-from coca_video.data.scan import Check, FileCheck, Progress, hash_contents, scan
+from coca_video.data.scan import Check, FileCheck, Progress, content_bytes, hash_contents, scan
+from coca_video.data.workers import num_usable_cpus
 
 JOURNAL_FILE = "scan.jsonl"
 SHORT_SHARE = 0.9  # of the nominal length; clips cut at key frames are a little shorter than their list says
@@ -93,7 +93,8 @@ def prepare(recipe: Recipe, *, folder: Path, config: PrepareConfig, progress: Pr
     checks = _scan(matches, videos=videos, config=config, progress=progress)
     nominal_seconds = recipe.versions[version].nominal_seconds
     rows = _clip_rows(listing.entries, matches=matches, checks=checks, nominal_seconds=nominal_seconds, config=config)
-    hashes = _hash(rows, others=others or (), videos=videos, config=config, progress=progress)
+    alike = _of_equal_size(rows, others=others or (), videos=videos)
+    hashes = _hash(alike, config=config, progress=progress)
     rows = _with_contents(rows, hashes=hashes, videos=videos)
     kept: tuple[Status, ...] = ("ok",) if config.drop_short else ("ok", "short")
     manifest_rows = tuple(manifest_row(row, videos=videos) for row in rows if row.status in kept)
@@ -108,7 +109,7 @@ def prepare(recipe: Recipe, *, folder: Path, config: PrepareConfig, progress: Pr
         rows=(*rows, *(ScanRow(entry=None, status="extra", path=path.as_posix()) for path in matches.extra)),
         manifest_rows=manifest_rows,
         leaks=None if others is None else tuple(find_leaks(manifest_rows, others=others, hashes=hashes)),
-        notices=listing.notices,
+        notices=(*listing.notices, *_not_compared(alike, hashes=hashes)),
     )
     write_report(report)
     return report
@@ -187,11 +188,12 @@ def _select(listing: Listing, *, split: str) -> Listing:
 
 
 def _nothing_found(listing: Listing, *, found: VideoFiles, videos: Path) -> str:
-    expected = listing.entries[0].keys[0] if listing.entries else "none: the list is empty"
+    keys = [key for entry in listing.entries for key in entry.keys]  # a clip may have none that is its alone
+    expected = repr(keys[0]) if keys else "none, since the list tells no clip from the others"
     names = [*found.videos, *found.image_folders]
     shown = ", ".join(path.as_posix() for path in names[:3]) + (", ..." if len(names) > 3 else "")
     return (
-        f"None of the {len(listing.entries):,} listed clips is below {videos}: expected names like {expected!r}, and "
+        f"None of the {len(listing.entries):,} listed clips is below {videos}: expected names like {expected}, and "
         f"the {len(found.videos):,} video files there have names like: {shown or 'none'}."
     )
 
@@ -212,9 +214,7 @@ def _scan(
 
 
 def _num_workers(config: PrepareConfig) -> int:
-    if config.num_workers is not None:
-        return config.num_workers
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return num_usable_cpus() if config.num_workers is None else config.num_workers
 
 
 def _clip_rows(
@@ -253,23 +253,20 @@ def _judge(entry: Entry, *, path: PurePosixPath, check: FileCheck, min_seconds: 
     return found
 
 
-def _hash(
-    rows: Sequence[ScanRow],
-    *,
-    others: Sequence[OtherClip],
-    videos: Path,
-    config: PrepareConfig,
-    progress: Progress,
-) -> dict[Path, str]:
-    """Content hashes of the files that share their size with another: the rest cannot have equal content."""
+def _of_equal_size(rows: Sequence[ScanRow], *, others: Sequence[OtherClip], videos: Path) -> list[Path]:
+    """The files that share their size with another: the rest cannot have equal content."""
     by_size = defaultdict[int, dict[Path, None]](dict)
     for row in rows:
         if row.check is not None and row.check.status == "ok":
             by_size[row.check.num_bytes][videos / row.path] = None
     for other in others:
-        if other.path is not None and other.path.is_file() and (size := other.path.stat().st_size) in by_size:
+        size = None if other.path is None else content_bytes(other.path)
+        if other.path is not None and size is not None and size in by_size:
             by_size[size][other.path] = None
-    paths = [path for group in by_size.values() if len(group) > 1 for path in group]
+    return [path for group in by_size.values() if len(group) > 1 for path in group]
+
+
+def _hash(paths: Sequence[Path], *, config: PrepareConfig, progress: Progress) -> dict[Path, str]:
     if not paths:
         return {}
     return hash_contents(
@@ -279,6 +276,15 @@ def _hash(
         timeout_seconds=config.timeout_seconds,
         progress=progress,
     )
+
+
+def _not_compared(paths: Sequence[Path], *, hashes: Mapping[Path, str]) -> list[str]:
+    """A sentence for the user if the bytes of some files could not be read in time, or any more."""
+    missed = [path for path in paths if path not in hashes]
+    if not missed:
+        return []
+    files = f"{len(missed)} files could not be compared by content, the first is {missed[0]}"
+    return [f"{files}: they took too long (--timeout-seconds) or are gone."]
 
 
 def _with_contents(rows: Sequence[ScanRow], *, hashes: Mapping[Path, str], videos: Path) -> list[ScanRow]:

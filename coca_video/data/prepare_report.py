@@ -33,7 +33,7 @@ class ScanRow:
 
     status: ok; short (of fewer seconds than it should have); corrupt; missing; duplicate_id: another file of a clip
     that has one; extra: a file of no clip. `path` is relative to the folder of videos, empty if missing.
-    `same_content_as` is the video_id of the first clip whose file has the same bytes.
+    `same_content_as` is the `name` of the first row whose file has the same bytes.
     """
 
     entry: Entry | None
@@ -151,6 +151,7 @@ def write_report(report: PrepareReport) -> None:
         _write_csv(leaks_path, header=header, rows=[list(asdict(leak).values()) for leak in report.leaks])
     _write_whole(report.out / SUMMARY_FILE, text=json.dumps(report.summary(), indent=2) + "\n")
     if not report.manifest_rows:
+        report.manifest.unlink(missing_ok=True)  # an earlier run's, of files that are no longer fit
         unfit = report.of("corrupt", "short")
         raise ValueError(
             f"None of the {len(unfit)} files found is fit for a manifest: the first is {unfit[0].path} "

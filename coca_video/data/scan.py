@@ -20,7 +20,6 @@ from coca_video.data.workers import WorkerFailure, parallel
 Check = Literal["none", "quick", "full"]
 _STRENGTH: dict[str, int] = {"none": 0, "quick": 1, "full": 2}
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})  # what the reader of image folders takes
 _READ_BYTES = 2**20
 
 
@@ -110,6 +109,8 @@ def _decode(path: Path, *, found: FileCheck, check: Literal["quick", "full"]) ->
         return replace(found, status="corrupt", cause=str(error).removeprefix(f"{path}: "))
     except OSError as error:
         return replace(found, status="corrupt", cause=_told(error))
+    except MemoryError:  # a damaged header may tell of any size
+        return replace(found, status="corrupt", cause="its frames need more memory than there is")
 
 
 def hash_file(path: Path) -> str:
@@ -125,6 +126,16 @@ def hash_file(path: Path) -> str:
     except OSError:
         return ""  # the check has already said what is wrong with this file
     return digest.hexdigest()
+
+
+def check_decoder() -> None:
+    """ValueError where COCA_VIDEO_DECODER names no decoder, or one that does not work here: no file would be read."""
+    from coca_video.data.decode import prove
+    from coca_video.data.decode.open import choose_backend
+
+    chosen = choose_backend("auto")
+    if chosen != "auto" and (cause := prove(chosen)) is not None:
+        raise ValueError(f"{cause}; install or mend it, or unset COCA_VIDEO_DECODER")
 
 
 def load_decoders() -> None:
@@ -148,10 +159,15 @@ def scan(
 
     A file that hangs a decoder for `timeout_seconds`, or kills its process, is corrupt, with that as its cause. One
     that hung is read again only when it is given more time, one that killed its process at the next run.
+
+    Raises:
+        ValueError: the decoder that COCA_VIDEO_DECODER names does not work here.
     """
     with Journal(journal) as known:
         found = {path: known.check(path, check=check, timeout_seconds=timeout_seconds) for path in paths}
         left = [path for path, one in found.items() if one is None]
+        if left and check != "none":
+            check_decoder()
         work = parallel(
             partial(check_file, check=check),
             left,
@@ -171,12 +187,13 @@ def hash_contents(
 ) -> dict[Path, str]:
     """The content hash of every file that can be read, in parallel; those in the journal are not read again."""
     with Journal(journal) as known:
-        found = {path: known.content_hash(path) for path in paths}
+        identities = {path: _identity_or_none(path) for path in paths}  # of before: a later change shows
+        found = {path: known.content_hash(identity) for path, identity in identities.items()}
         left = [path for path, one in found.items() if not one]
         work = parallel(hash_file, left, num_workers=num_workers, timeout_seconds=timeout_seconds)
         with progress("comparing contents", total=len(found), initial=len(found) - len(left)) as bar, closing(work):
             for path, result in work:
-                found[path] = known.note_hash(path, result=result)
+                found[path] = known.note_hash(identities[path], result=result)
                 bar.update(1)
     return {path: one for path, one in found.items() if one}
 
@@ -213,13 +230,12 @@ class Journal:
         found, failed_after_seconds = self._checks.get(str(path), (None, None))
         if found is None or _STRENGTH[found.check] < _STRENGTH[check]:
             return None
-        if failed_after_seconds is not None and failed_after_seconds < timeout_seconds:
-            return None
+        if failed_after_seconds is not None and (failed_after_seconds < timeout_seconds or found.check != check):
+            return None  # what takes too long in full may be quick in part
         return found if _identity_or_none(path) == _Identity(found.path, found.num_bytes, found.mtime_ns) else None
 
-    def content_hash(self, path: Path) -> str:
-        """The hash of a file as it is now; empty if it is not known."""
-        identity = _identity_or_none(path)
+    def content_hash(self, identity: _Identity | None) -> str:
+        """The hash of a file in this state; empty if it is not known."""
         return "" if identity is None else self._hashes.get(identity, "")
 
     def note_check(
@@ -235,9 +251,8 @@ class Journal:
             self._append({**asdict(found), "failed_after_seconds": timeout_seconds})
         return found
 
-    def note_hash(self, path: Path, *, result: str | WorkerFailure) -> str:
+    def note_hash(self, identity: _Identity | None, *, result: str | WorkerFailure) -> str:
         """Writes down a hash; empty where there is none."""
-        identity = _identity_or_none(path)
         if isinstance(result, WorkerFailure) or not result or identity is None:
             return ""
         self._append({**identity._asdict(), "content_hash": result})
@@ -271,7 +286,15 @@ def _files_of(path: Path) -> list[Path]:
 
 def is_image(name: str) -> bool:
     """Whether a file of this name is a frame of a folder of frames."""
+    from coca_video.data.decode.images import IMAGE_SUFFIXES  # here, since it loads torch
+
     return not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def content_bytes(path: Path) -> int | None:
+    """How many bytes `hash_file` would read; None if there is no such file or folder."""
+    identity = _identity_or_none(path)
+    return None if identity is None else identity.num_bytes
 
 
 def _identify(path: Path) -> _Identity:

@@ -13,11 +13,13 @@ from typing import IO, Any
 
 from coca_video.data.decode.source import UnreadableVideo
 from coca_video.data.decode.write import PARTIAL_PREFIX, TranscodeConfig, transcode_video
+from coca_video.data.layout import find_videos
 from coca_video.data.manifest import CLASSES_FILE, VIDEO_SUFFIXES, Manifest, read_manifest, write_manifest
 from coca_video.data.workers import WorkerFailure, parallel
 
 JOURNAL = "transcode.jsonl"
 MANIFEST = "manifest.csv"
+_JOURNAL_KEYS = frozenset({"target", "source", "source_bytes", "source_mtime_ns", "settings", "num_bytes"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +61,24 @@ def plan_transcode(source: Path, *, out: Path) -> TranscodePlan:
     """
     if source.is_dir():
         base, manifest = source.absolute(), None
-        paths = sorted(base / path for path in _video_files(source))
+        paths = [base / path for path in find_videos(source).videos]
         if not paths:
             raise ValueError(f"{source} holds no video files; expected {', '.join(sorted(VIDEO_SUFFIXES))}.")
-        originals = base
+        originals = {base}
     else:
         manifest = read_manifest(source)
         paths = _files_of(manifest)
-        originals = Path(os.path.commonpath([str(path.parent) for path in paths]))
-        folder = source.parent.resolve()
-        base = folder if originals.is_relative_to(folder) else originals
+        originals = {path.parent for path in paths}
+        above, folder = Path(os.path.commonpath(originals)), source.parent.resolve()
+        if not folder.is_relative_to(above):  # else what they share says little: the folder of a project, or "/"
+            originals = {above}
+        base = folder if above.is_relative_to(folder) else above
         if out.resolve() == folder:
             raise ValueError(f"--out {out} is the folder of {source} itself; choose another.")
-    if out.resolve().is_relative_to(originals.resolve()):
-        raise ValueError(f"--out {out} lies inside {originals}, among the originals; choose a folder elsewhere.")
+    target = out.resolve()
+    for inside in sorted(originals):
+        if target.is_relative_to(inside.resolve()):
+            raise ValueError(f"--out {out} lies inside {inside}, among the originals; choose a folder elsewhere.")
     jobs = [Job(source=path, target=(out / path.relative_to(base)).with_suffix(".mp4")) for path in paths]
     _check_targets(jobs, out=out)
     return TranscodePlan(base=base, out=out, jobs=tuple(jobs), manifest=manifest)
@@ -116,15 +122,6 @@ def run_transcode(
     return report
 
 
-def _video_files(folder: Path) -> Iterator[Path]:
-    """Paths relative to `folder`; names that start with a dot (macOS leaves ._clip.mp4) are no clips."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
-                yield (Path(parent) / name).relative_to(folder)
-
-
 def _files_of(manifest: Manifest) -> list[Path]:
     """The video files of its rows, each once, in order."""
     files = dict[Path, None]()
@@ -144,7 +141,8 @@ def _check_targets(jobs: Sequence[Job], *, out: Path) -> None:
                 f"{by_target[job.target]} and {job.source} would both become {job.target}; rename one of them."
             )
         by_target[job.target] = job.source
-    parents = {path: path.resolve() for job in jobs for path in (job.source.parent, job.target.parent)}
+    folders = {path for job in jobs for path in (job.source.parent, job.target.parent)}
+    parents = {path: path.resolve() for path in folders}
     originals = {job.source.resolve().parent if job.source.is_symlink() else parents[job.source.parent] for job in jobs}
     ours = (out / JOURNAL).is_file()
     for job in jobs:
@@ -243,7 +241,8 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        entries[entry["target"]] = entry
+        if isinstance(entry, dict) and set(entry) >= _JOURNAL_KEYS:  # else of another version, or spoiled
+            entries[entry["target"]] = entry
     return entries
 
 
@@ -262,3 +261,5 @@ def _write_lists(plan: TranscodePlan, *, report: TranscodeReport) -> None:
     ]
     if rows:
         write_manifest(plan.out / MANIFEST, rows=rows, classes=plan.manifest.classes)
+    else:
+        (plan.out / MANIFEST).unlink(missing_ok=True)  # an earlier run's would name files that are gone

@@ -21,6 +21,12 @@ Result = TypeVar("Result")
 
 # Threads and CUDA do not survive a fork, and a spawned process inherits no memory of the parent.
 _SPAWN = multiprocessing.get_context("spawn")
+_LONGEST_WAIT_SECONDS = 86_400.0  # poll() takes no more than 2**31 ms, and a time limit may be infinite
+
+
+def num_usable_cpus() -> int:
+    """Those this process may use, which is fewer than the machine's in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +84,10 @@ def parallel(
 
 
 def _ready(workers: "list[_Worker[Item]]") -> "list[_Worker[Item]]":
-    """The workers that sent something, died, or are over their time; waits until there is one."""
+    """The workers that sent something, died, or are over their time; waits for one, a day at most."""
     deadlines = [worker.deadline for worker in workers if worker.deadline is not None]
-    seconds = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+    now = time.monotonic()
+    seconds = max(0.0, min([*deadlines, now + _LONGEST_WAIT_SECONDS]) - now)
     heard = set(wait([end for worker in workers for end in (worker.connection, worker.process.sentinel)], seconds))
     now = time.monotonic()
     return [

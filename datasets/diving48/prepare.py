@@ -1,11 +1,10 @@
 """The recipe of Diving48: its JSON lists to entries. See README.md here."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from coca_video.data.annotations import path_keys, read_text
+from coca_video.data.annotations import find_annotation, path_keys, read_json
 from coca_video.data.recipe import Entry, Recipe, Request, Version
 
 VOCABULARY = "Diving48_vocab.json"
@@ -26,11 +25,13 @@ def list_clips(request: Request) -> list[Entry]:
         ValueError: no list of this version was given, one is not as distributed, a number is no class, or the
             vocabulary has another order of classes.
     """
-    vocabulary = _find(request, name=VOCABULARY)
+    vocabulary = find_annotation(request, names=[VOCABULARY])
     if vocabulary is not None:
         _check_vocabulary(vocabulary, classes=request.classes)
     names = FILES[request.version]
-    paths = {split: path for split, name in names.items() if (path := _find(request, name=name)) is not None}
+    paths = {
+        split: path for split, name in names.items() if (path := find_annotation(request, names=[name])) is not None
+    }
     if not paths:
         given = ", ".join(map(str, request.annotations)) or "nothing"
         raise ValueError(
@@ -62,7 +63,7 @@ def _entry(item: Mapping[str, Any], *, split: str, classes: Sequence[str], where
 
 
 def _read_list(path: Path) -> list[dict[str, Any]]:
-    items = _read_json(path)
+    items = read_json(path)
     if not isinstance(items, list) or not all(
         isinstance(item, dict) and {"vid_name", "label"} <= set(item) for item in items
     ):
@@ -72,7 +73,7 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
 
 def _check_vocabulary(path: Path, *, classes: Sequence[str]) -> None:
     """The vocabulary is a list of [take-off, somersaults, twists, position], whose place is the number of the class."""
-    rows = _read_json(path)
+    rows = read_json(path)
     theirs = ["+".join(map(str, row)) for row in rows if isinstance(row, list)] if isinstance(rows, list) else []
     wrong = [number for number, pair in enumerate(zip(theirs, classes, strict=False)) if pair[0] != pair[1]]
     if wrong or len(theirs) != len(classes):
@@ -80,18 +81,6 @@ def _check_vocabulary(path: Path, *, classes: Sequence[str]) -> None:
         raise ValueError(
             f"{path} is not Diving48's vocabulary: expected {len(classes)} classes, got {len(theirs)}, and {first}."
         )
-
-
-def _find(request: Request, *, name: str) -> Path | None:
-    places = [path / name if path.is_dir() else path for path in request.annotations]
-    return next((path for path in places if path.name == name and path.is_file()), None)
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
 
 
 recipe = Recipe(

@@ -1,12 +1,11 @@
 """The recipe of Something-Something v2: its JSON lists to entries. See README.md here."""
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from coca_video.data.annotations import path_keys, read_text
+from coca_video.data.annotations import find_annotation, path_keys, read_json, read_text
 from coca_video.data.recipe import Entry, Recipe, Request, Version
 
 PREFIX = "something-something-v2-"  # older copies have it before each name, newer ones do not
@@ -65,7 +64,7 @@ def _entry(
 
 
 def _read_list(path: Path) -> list[dict[str, Any]]:
-    items = _read_json(path)
+    items = read_json(path)
     if not isinstance(items, list) or not all(isinstance(item, dict) and "id" in item for item in items):
         raise ValueError(f'{path}: expected a JSON list of objects with "id", as Something-Something v2 has them.')
     return items
@@ -81,7 +80,7 @@ def _read_answers(path: Path) -> dict[str, str]:
 
 
 def _check_labels(path: Path, *, classes: Sequence[str]) -> None:
-    theirs = _read_json(path)
+    theirs = read_json(path)
     ours = {name: str(index) for index, name in enumerate(classes)}
     if not isinstance(theirs, dict) or {name: str(index) for name, index in theirs.items()} != ours:
         names = theirs if isinstance(theirs, dict) else {}
@@ -94,19 +93,7 @@ def _check_labels(path: Path, *, classes: Sequence[str]) -> None:
 
 
 def _find(request: Request, *, name: str) -> Path | None:
-    for path in request.annotations:
-        for allowed in (name, PREFIX + name):
-            place = path / allowed if path.is_dir() else path
-            if place.name == allowed and place.is_file():
-                return place
-    return None
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}.") from error
+    return find_annotation(request, names=(name, PREFIX + name))
 
 
 recipe = Recipe(

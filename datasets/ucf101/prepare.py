@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from coca_video.data.annotations import path_keys, read_text
+from coca_video.data.annotations import find_annotation, path_keys, read_text
 from coca_video.data.recipe import Entry, Recipe, Request, Version
 
 CLASS_FILE = "classInd.txt"
@@ -23,11 +23,13 @@ def list_clips(request: Request) -> list[Entry]:
         ValueError: no list of this split was given, a line cannot be read, a number is another class than the folder
             says, or a group of clips (one actor in one place) is in train and in test.
     """
-    class_file = _find(request, name=CLASS_FILE)
+    class_file = find_annotation(request, names=[CLASS_FILE])
     if class_file is not None:
         _check_classes(class_file, classes=request.classes)
     names = {"train": f"trainlist0{request.version}.txt", "test": f"testlist0{request.version}.txt"}
-    paths = {split: path for split, name in names.items() if (path := _find(request, name=name)) is not None}
+    paths = {
+        split: path for split, name in names.items() if (path := find_annotation(request, names=[name])) is not None
+    }
     if not paths:
         given = ", ".join(map(str, request.annotations)) or "nothing"
         raise ValueError(
@@ -92,11 +94,6 @@ def _check_groups(entries: Sequence[Entry]) -> None:
             f"UCF101: {len(mixed)} groups have clips in train and in test, the first is {mixed[0]}; clips of a group "
             "show one actor in one place, so take both lists of one official split."
         )
-
-
-def _find(request: Request, *, name: str) -> Path | None:
-    places = [path / name if path.is_dir() else path for path in request.annotations]
-    return next((path for path in places if path.name == name and path.is_file()), None)
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

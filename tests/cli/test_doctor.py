@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from coca_video.cli.doctor import run
 from coca_video.data.decode import UnreadableVideo
@@ -145,7 +146,7 @@ def test_the_environment_is_told(capsys: pytest.CaptureFixture[str], monkeypatch
     assert run([]) == 0
     assert f"{ENVIRONMENT} is pyav; auto tries pyav\n" in capsys.readouterr().out
     monkeypatch.setenv(ENVIRONMENT, "ffmpeg")
-    run([])
+    assert run([]) == 1  # nothing that opens a video by auto works then
     printed = capsys.readouterr()
     assert f"{ENVIRONMENT} is ffmpeg" in printed.out
     assert f"{ENVIRONMENT} is 'ffmpeg'; expected one of" in printed.err
@@ -177,6 +178,15 @@ def test_a_file_and_who_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "  auto          yes, by pyav\n" in printed
     for oddity in ODDITIES["mpeg4_packed.avi"]:
         assert f"  {oddity}\n" in printed
+
+
+def test_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    assert run([str(tmp_path), "--json"]) == 0
+    file = json.loads(capsys.readouterr().out)["file"]
+    assert (file["facts"], file["backends"]["auto"]) == (None, {"read_by": "images", "error": None})
+    assert file["error"] == f"{tmp_path}: a folder, whose images are read as the frames of one video"
 
 
 @pytest.mark.parametrize("name", ["text.mp4", "missing.mp4"])

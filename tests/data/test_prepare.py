@@ -299,6 +299,46 @@ def test_leaks_against_an_official_csv(world: World, tmp_path: Path) -> None:
         read_other(tmp_path / "gone.csv")
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\xff\xfe no text", "not a text file in UTF-8"),
+        (b"youtube_id,split\n" + b"x" * 200_000, "not a CSV file"),
+        (b"no manifest\n", "needs a column 'path'"),
+    ],
+)
+def test_what_cannot_be_compared_with_is_a_sentence(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read_other(tmp_path / "other.csv")
+
+
+def test_a_manifest_with_youtube_ids_is_a_manifest(tmp_path: Path) -> None:
+    (tmp_path / "other.csv").write_text("path,video_id,youtube_id\na.mp4,clip,abcdefghijk\n")
+    (other,) = read_other(tmp_path / "other.csv")
+    assert (other.video_id, other.source_id, other.path) == ("clip", "clip", tmp_path / "a.mp4")
+
+
+def test_folders_of_frames_leak_by_content_too(world: World) -> None:
+    for folder in (world.videos / "a", world.root / "other" / "copy"):
+        folder.mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "0.png")
+    rows = [VideoRow(path=world.root / "other" / "copy", label=None, video_id="z")]
+    write_manifest(world.root / "other" / "manifest.csv", rows=rows, classes=())
+    world.prepare(against=world.root / "other" / "manifest.csv")
+    assert [tuple(row.values()) for row in world.table("leaks.csv")] == [("a", "val", "z", "", "content")]
+
+
+def test_files_that_could_not_be_compared_are_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        world.put(f"{name}.mp4", "a")
+    assert world.prepare().notices == ()
+    shutil.rmtree(world.out)
+    monkeypatch.setattr("coca_video.data.scan.hash_file", lambda path: "")
+    (notice,) = world.prepare().notices
+    assert notice.startswith(f"2 files could not be compared by content, the first is {world.videos / 'a.mp4'}")
+
+
 def test_a_split_is_chosen_and_must_be_there(world: World) -> None:
     for name in ("a", "b", "c"):
         world.put(f"{name}.mp4", name)
@@ -449,10 +489,18 @@ def test_nothing_found_says_what_names_look_like(world: World) -> None:
         world.put(f"v{number}.mp4", "a")
     with pytest.raises(ValueError, match=r"None of the 3 .*names like 'a', and the 4 video .*v0.mp4, v1.mp4, v2.mp4, "):
         world.prepare()
+    world.entries = [an_entry("a", keys=()), an_entry("b")]
+    with pytest.raises(ValueError, match=r"None of the 2 .*names like 'b', and"):
+        world.prepare()
+    world.entries = [an_entry("a", keys=())]
+    with pytest.raises(ValueError, match=r"names like none, since the list tells no clip from the others, and"):
+        world.prepare()
 
 
 def test_nothing_fit_for_a_manifest_is_an_error_that_leaves_the_table(world: World) -> None:
-    world.put("a.mp4", "a").write_bytes(b"")
+    world.put("a.mp4", "a")
+    world.prepare()
+    (world.videos / "a.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"None of the 1 files found is fit .*a.mp4 \(the file is empty"):
         world.prepare()
     assert statuses(world) == {"a": "corrupt", "b": "missing", "c": "missing"}
@@ -495,6 +543,8 @@ def test_a_key_that_two_clips_hold_tells_neither() -> None:
     assert matches.files == {"id_7": (PurePosixPath("id_7.mp4"),)}
     assert matches.causes == {"id_0": "id.mp4 may be this clip or another of the list: its name does not tell"}
     assert matches.extra == (PurePosixPath("id.mp4"),)
+    keyless = match_files([an_entry("x", keys=())], found=found, file_keys=lambda path: (path.stem,))
+    assert (keyless.files, "ends like another's" in keyless.causes["x"]) == ({}, True)
     alone = match_files(entries[:1], found=found, file_keys=lambda path: (path.stem,))
     assert alone.files == {"id_0": (PurePosixPath("id.mp4"),)}
 

@@ -20,7 +20,8 @@ from PIL import Image
 
 from coca_video.data import decode as decode_package
 from coca_video.data.decode import write_video
-from coca_video.data.scan import FileCheck, Journal, check_file, hash_contents, hash_file, scan
+from coca_video.data.scan import FileCheck, Journal, check_file, content_bytes, hash_contents, hash_file, scan
+from coca_video.data.workers import WorkerFailure
 
 PATIENCE = 600.0
 
@@ -58,6 +59,11 @@ def a_scan(folder: Path, paths: list[Path], **changes: Any) -> tuple[dict[Path, 
 
 def lines(journal: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in journal.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COCA_VIDEO_DECODER", raising=False)
 
 
 @pytest.mark.parametrize("check", ["quick", "full"])
@@ -130,6 +136,30 @@ def test_hashes_are_those_of_hashlib(clip: Path, tmp_path: Path) -> None:
     for name in ("b.jpg", "a.jpg", "notes.txt"):
         (tmp_path / name).write_text(name)
     assert hash_file(tmp_path) == hashlib.blake2b(b"a.jpg\0a.jpgb.jpg\0b.jpg", digest_size=16).hexdigest()
+    assert (content_bytes(clip), content_bytes(tmp_path)) == (clip.stat().st_size, 10)
+    assert content_bytes(tmp_path / "gone.mp4") is None
+
+
+def test_frames_larger_than_memory_are_the_files_fault(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(decode_package.VideoReader, "frames", too_large)
+    found = check_file(clip, check="quick")
+    assert (found.status, found.cause) == ("corrupt", "its frames need more memory than there is")
+
+
+@pytest.mark.parametrize(("named", "message"), [("ffmpeg", "is 'ffmpeg'; expected one of"), ("decord", "has gone")])
+def test_a_decoder_that_does_not_work_is_told_before_any_process_starts(
+    named: str, message: str, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COCA_VIDEO_DECODER", named)
+    monkeypatch.setattr(decode_package, "prove", lambda backend: f"{backend} has gone")
+    with pytest.raises(ValueError, match=message):
+        a_scan(tmp_path, [clip], check="quick")
+    assert (tmp_path / "scan.jsonl").read_bytes() == b""
+    found, _ = a_scan(tmp_path, [clip], check="none")  # which needs no decoder
+    assert found[clip].status == "ok"
 
 
 @pytest.mark.slow
@@ -189,6 +219,17 @@ def test_a_file_that_takes_too_long_is_tried_again_only_with_more_time(clip: Pat
     assert bar.updates == 0
     found, bar = a_scan(tmp_path, [clip], check="quick")
     assert (found[clip].status, bar.updates) == ("ok", 1)
+
+
+def test_what_takes_too_long_in_full_may_be_quick_in_part(clip: Path, tmp_path: Path) -> None:
+    failure = WorkerFailure(cause="took longer than 60 s", timed_out=True)
+    with Journal(tmp_path / "scan.jsonl") as known:
+        known.note_check(clip, result=failure, check="full", timeout_seconds=60.0)
+    with Journal(tmp_path / "scan.jsonl") as known:
+        remembered = {
+            check: known.check(clip, check=check, timeout_seconds=60.0) for check in ("none", "quick", "full")
+        }
+    assert [check for check, found in remembered.items() if found is not None] == ["full"]
 
 
 def test_hashes_are_kept_until_the_file_changes(tmp_path: Path) -> None:

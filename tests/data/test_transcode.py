@@ -117,6 +117,8 @@ def test_a_line_cut_off_in_the_journal_costs_one_file(tmp_path: Path, videos: Pa
     transcode(videos, out=out)
     journal = out / JOURNAL
     journal.write_bytes(journal.read_bytes()[:-30])
+    with journal.open("a") as file:
+        file.write('\n[]\n{"target": "a/one.mp4"}\n')  # lines that say too little count for nothing
     leftover = out / "a" / ".partial-1-one.mp4"
     leftover.write_bytes(b"half")
     serial.clear()
@@ -235,6 +237,17 @@ def test_out_among_the_originals_is_refused(tmp_path: Path, videos: Path) -> Non
     with pytest.raises(ValueError, match="is the folder of"):
         plan_transcode(manifest, out=tmp_path / "lists")
     assert {name: state for name, state in tree(tmp_path).items() if name in before} == before
+
+
+def test_out_beside_folders_that_share_little_is_taken(tmp_path: Path) -> None:
+    """Above the clips lies the folder of the whole project, or only "/": --out may lie there too."""
+    manifest = write_csv(tmp_path / "m.csv", [["path"], ["one/a.mp4"], ["two/b.mp4"], ["/elsewhere/c.mp4"]])
+    plan = plan_transcode(manifest, out=tmp_path / "small")
+    names = [tmp_path / "one/a.mp4", tmp_path / "two/b.mp4", Path("/elsewhere/c.mp4")]
+    assert [job.source for job in plan.jobs] == names
+    assert [job.target for job in plan.jobs] == [tmp_path / "small" / path.relative_to("/") for path in names]
+    with pytest.raises(ValueError, match="among the originals"):
+        plan_transcode(manifest, out=tmp_path / "two" / "small")
 
 
 def test_links_to_originals_are_not_followed_into_them(tmp_path: Path, videos: Path) -> None:

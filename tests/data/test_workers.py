@@ -82,6 +82,11 @@ def test_every_item_comes_back_once_with_its_own_result() -> None:
     assert sorted(results) == [(number, number**2) for number in range(40)]
 
 
+@pytest.mark.parametrize("seconds", [1e10, float("inf")])
+def test_time_limits_beyond_what_poll_takes(seconds: float) -> None:
+    assert list(parallel(square, [3], num_workers=1, timeout_seconds=seconds)) == [(3, 9)]
+
+
 @pytest.mark.parametrize(("num_items", "num_workers", "expected"), [(30, 2, 2), (1, 4, 1)])
 def test_as_many_processes_as_asked_but_no_more_than_items(num_items: int, num_workers: int, expected: int) -> None:
     results = dict(parallel(process_id, range(num_items), num_workers=num_workers, timeout_seconds=PATIENCE))

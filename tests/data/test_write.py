@@ -225,3 +225,13 @@ def test_memory_does_not_grow_with_the_length(tmp_path: Path, suffix: str) -> No
         command = [sys.executable, "-c", MEMORY, str(path), str(tmp_path / "out.mp4")]
         megabytes.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout))
     assert megabytes[1] - megabytes[0] < 60
+
+
+@pytest.mark.parametrize("name", ["cut.mkv", "cut.webm", "cut.avi", "cut.mp4"])
+def test_a_file_cut_off_is_no_shorter_video(tmp_path: Path, name: str) -> None:
+    codec = {".webm": "libvpx", ".avi": "mpeg4"}.get(Path(name).suffix, "libx264")
+    path = encode(tmp_path / name, codec=codec, num_frames=60, b_frames=0)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    with pytest.raises(UnreadableVideo, match="cut off"):
+        transcode_video(path, out=tmp_path / "out.mp4", config=SMALL)
+    assert not (tmp_path / "out.mp4").exists()

@@ -1,5 +1,6 @@
 """PyAV's containers, opened so that only videos pass for videos: packets, and frames decoded in order."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -58,11 +59,31 @@ def read_packets(
     """The stream's packets from where it stands, then an empty one; UnreadableVideo where one is cut off."""
     # FFmpeg calls whole packets corrupt where parts of a transport stream were joined; there, only a last one is cut.
     only_last, suspect = container.format.name == "mpegts", False
-    for packet in container.demux(stream):
+    for packet in demux(source, container=container, stream=stream):
         suspect = packet.is_corrupt or (suspect and packet.size == 0)
         if suspect and (packet.size == 0 or not only_last):
             cause = "the file is cut off or damaged: a packet of its video stream is not whole"
             raise UnreadableVideo(f"{source.name}: {cause}")
+        yield packet
+
+
+def demux(
+    source: Source, *, container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> Iterator[VideoPacket]:
+    """The stream's packets as PyAV gives them; UnreadableVideo where the container cannot be read on."""
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except IndexError as error:  # PyAV's own list of streams is that of the header
+            cause = "the file is damaged: a stream begins midway that its header does not name"
+            raise UnreadableVideo(f"{source.name}: {cause}") from error
+        except av.error.FFmpegError as error:
+            raise UnreadableVideo(f"{source.name}: the file is damaged: reading stops ({error.strerror})") from error
         yield packet
 
 
@@ -81,8 +102,8 @@ def _bytes_needed(source: Source, *, container: "av.container.InputContainer", s
         return max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     with source.open_file() as file:
         head = file.read(2**16)
-    if "avi" in containers and (at := head.find(b"movi")) >= 4:  # the list of all packets, its size before its name
-        return at + int.from_bytes(head[at - 4 : at], "little")
+    if "avi" in containers and (found := re.search(rb"LIST(....)movi", head, re.DOTALL)):  # the list of all packets
+        return found.start() + 8 + int.from_bytes(found[1], "little")
     if "matroska" in containers and (at := head.find(b"\x18\x53\x80\x67") + 4) >= 4:  # Segment: all but the EBML header
         length = 9 - head[at].bit_length()  # RFC 8794: the leading zeros of its first byte tell the number's length
         whole = 1 << 7 * length

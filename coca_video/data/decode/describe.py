@@ -6,9 +6,9 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from coca_video.data.decode.demux import VideoPacket, clock, open_stream
+from coca_video.data.decode.demux import VideoPacket, clock, demux, open_stream
 from coca_video.data.decode.reader import Clock, timeline
-from coca_video.data.decode.source import VideoSource, as_source
+from coca_video.data.decode.source import Source, UnreadableVideo, VideoSource, as_source
 
 if TYPE_CHECKING:
     import av
@@ -58,7 +58,7 @@ def describe(source: VideoSource) -> VideoFacts:
     """
     opened = as_source(source)
     with open_stream(opened) as (container, stream):
-        seen = _watch(container, stream)
+        seen = _watch(opened, container=container, stream=stream)
         context, stream_clock = stream.codec_context, clock(stream)
         components = context.format.components if context.format is not None else ()
         header_seconds = _header_seconds(container, stream)
@@ -114,7 +114,7 @@ def ffmpeg_versions() -> dict[str, str]:
     return versions | {"torchcodec": f"FFmpeg {torchcodec.ffmpeg_major_version}"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Packet:
     """A packet without its bytes, so that hours of video fit."""
 
@@ -138,19 +138,21 @@ class _Seen:
     failure: str | None = None
 
 
-def _watch(container: "av.container.InputContainer", stream: "av.VideoStream") -> _Seen:
+def _watch(opened: Source, *, container: "av.container.InputContainer", stream: "av.VideoStream") -> _Seen:
     import av
 
     seen = _Seen()
     is_mpeg4 = stream.codec_context.codec.canonical_name == "mpeg4"
     try:
-        for packet in container.demux(stream):
+        for packet in demux(opened, container=container, stream=stream):
             if packet.size > 0:
                 seen.packets.append(_without_bytes(packet, is_mpeg4=is_mpeg4))
             for frame in stream.decode(packet):
                 _watch_frame(frame, seen=seen)
     except av.error.FFmpegError as error:
         seen.failure = f"decoding stops after {len(seen.pts)} frames ({error.strerror})"
+    except UnreadableVideo as error:
+        seen.failure = str(error).removeprefix(f"{opened.name}: ")
     return seen
 
 

@@ -28,7 +28,10 @@ class ImageFolderReader(VideoReader):
         if not 0 < images_per_second < float("inf"):
             raise ValueError(f"{folder}: expected images_per_second above 0, got {images_per_second}")
         self.name = str(folder)
-        self._paths = image_files(folder)
+        try:
+            self._paths = image_files(folder)
+        except OSError as error:
+            raise UnreadableVideo(f"{folder}: the folder cannot be read ({error.strerror})") from error
         if not self._paths:
             raise UnreadableVideo(f"{folder}: the folder holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
         self.height, self.width, _ = self._read(self._paths[0]).shape
@@ -51,7 +54,8 @@ class ImageFolderReader(VideoReader):
         try:
             with Image.open(path) as image:
                 return np.asarray(image.convert("RGB"))
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
+        # SyntaxError, ValueError: broken PNGs; the bomb: an image of more pixels than 179 million
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise UnreadableVideo(f"{self.name}: {path.name} cannot be decoded ({error})") from error
 
     def close(self) -> None:

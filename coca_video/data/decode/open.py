@@ -78,6 +78,7 @@ class _BackedByReference(VideoReader):
 
     def __init__(self, reader: VideoReader, *, source: Source, index: PacketIndex) -> None:
         self.name, self._source, self._index = source.name, source, index
+        self._stamp = source.stamp()
         self.times_seconds, self.duration_seconds = reader.times_seconds, reader.duration_seconds
         self.num_frames, self.frames_per_second = reader.num_frames, reader.frames_per_second
         self._use(reader)
@@ -90,7 +91,7 @@ class _BackedByReference(VideoReader):
         try:
             return self._reader.frames(indices)
         except UnreadableVideo:
-            if self.backend == "pyav":
+            if self.backend == "pyav" or self._source.stamp() != self._stamp:  # another file needs another index
                 raise
             reference = open_with("pyav", source=self._source, index=self._index)
             if reference.num_frames != self.num_frames:

@@ -36,6 +36,7 @@ class PyAVReader(VideoReader):
         from av.video.reformatter import VideoReformatter
 
         self.name, self._source, self._kept_bytes = source.name, source, kept_bytes
+        self._stamp = source.stamp()
         self._converter = VideoReformatter()
         self._kept: list[av.VideoFrame] = []
         self._index: PacketIndex | None = None
@@ -78,6 +79,8 @@ class PyAVReader(VideoReader):
         self._set_timeline(timeline(pts, clock=stream_clock, last_duration=last_duration))
 
     def _frames(self, indices: list[int]) -> UInt8[Tensor, "len 3 height width"]:
+        if self._source.stamp() != self._stamp:
+            raise UnreadableVideo(f"{self.name}: the file changed while it was read")
         out = np.empty((len(indices), 3, self.height, self.width), dtype=np.uint8)
         places: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
@@ -107,11 +110,12 @@ class PyAVReader(VideoReader):
 
     def _walk(self, wanted: set[int]) -> Iterator[tuple[int, "av.VideoFrame"]]:
         """(number, frame) for each number wanted, by decoding from the start."""
+        last = max(wanted)
         with open_stream(self._source) as (container, stream):
             for index, frame in enumerate(decode_stream(self._source, container=container, stream=stream)):
                 if index in wanted:
                     yield index, frame
-                if index == max(wanted):
+                if index == last:
                     return
         raise UnreadableVideo(f"{self.name}: it decodes to fewer frames than when it was opened: did the file change?")
 
@@ -120,6 +124,8 @@ class PyAVReader(VideoReader):
 
         Where a seek lands elsewhere than the index says, or a frame does not come, the file is walked from its start.
         """
+        import av
+
         num_found = 0
         with open_stream(self._source) as (container, stream):
             start, frames = 0, decode_stream(self._source, container=container, stream=stream)
@@ -127,7 +133,10 @@ class PyAVReader(VideoReader):
                 pts = index.pts[number]
                 best = bisect.bisect_right(index.clean_pts, pts) - 1
                 if best > start:
-                    container.seek(index.clean_pts[best], stream=stream)
+                    try:
+                        container.seek(index.clean_pts[best], stream=stream)
+                    except av.error.FFmpegError:  # a damaged file: the walk below gives the cause
+                        break
                     decoded = decode_stream(self._source, container=container, stream=stream)
                     start, frames = best, _if_clean(decoded, index=index)
                 frame = next((frame for frame in frames if frame.pts is None or frame.pts >= pts), None)
@@ -146,6 +155,8 @@ class PyAVReader(VideoReader):
 def _if_clean(frames: Iterator["av.VideoFrame"], *, index: PacketIndex) -> Iterator["av.VideoFrame"]:
     """The frames decoded after a seek, or none if it did not land on a clean key frame."""
     first = next(frames, None)
-    if first is not None and first.pts in index.clean_pts:
+    if first is None or first.pts is None:
+        return
+    if index.clean_pts[bisect.bisect_right(index.clean_pts, first.pts) - 1] == first.pts:
         yield first
         yield from frames

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from torch import Tensor
 
-from coca_video.data.decode.demux import clock, decode_stream, open_stream
+from coca_video.data.decode.demux import check_length, clock, decode_stream, open_stream
 from coca_video.data.decode.reader import Clock, Timeline
 from coca_video.data.decode.reader import timeline as make_timeline
 from coca_video.data.decode.source import Source, UnreadableVideo, as_source
@@ -153,6 +153,7 @@ def _encode(source: Source, *, partial: Path, config: TranscodeConfig, timeline:
 
     muxing = {"fflags": "+bitexact", "movflags": "faststart"}
     with open_stream(source) as (container, stream):
+        check_length(source, container=container, stream=stream)  # FFmpeg decodes a part of a file without a word
         frames = decode_stream(source, container=container, stream=stream)
         first = next(frames, None)
         if first is None:

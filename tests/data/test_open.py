@@ -1,6 +1,8 @@
 """Opening videos: which backend is taken, what may be opened, and what a file that cannot be read is told."""
 
+import inspect
 import io
+import os
 import random
 import sys
 import types
@@ -88,6 +90,29 @@ def test_the_environment_chooses_and_a_flag_overrides_it(tmp_path: Path, monkeyp
         open_video(path)
     monkeypatch.setenv(ENVIRONMENT, "")
     assert open_video(path).num_frames == 60
+
+
+def test_wrong_arguments_are_sentences(tmp_path: Path) -> None:
+    path = encode(tmp_path / "v.mp4")
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to("gone.mp4")
+    for name, cause in (
+        ("pipe.mp4", "not a file that can be read"),
+        ("link.mp4", "a link to gone.mp4, and there is no"),
+    ):
+        with pytest.raises(UnreadableVideo, match=cause):
+            open_video(tmp_path / name)
+    with pytest.raises(ValueError, match=r"The backend is 'opencv'; expected one of auto, torchcodec, decord, pyav"):
+        inspect.unwrap(open_module.choose_backend)("opencv")  # unwrapped: users have no checks of types
+    with pytest.raises(TypeError, match="expected a video's path, URL, bytes or open file, got NoneType"):
+        inspect.unwrap(as_source)(None)
+    with (tmp_path / "text.txt").open("w+") as file, pytest.raises(TypeError, match="opened for bytes"):
+        inspect.unwrap(as_source)(file)
+    reader = open_video(path)
+    reader.close()
+    reader.close()
+    with pytest.raises(ValueError, match="the reader is closed; open the video again"):
+        reader.frames([0])
 
 
 def test_a_backend_that_does_not_work_here_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,8 +52,7 @@ class DecordReader(VideoReader):
             raise UnreadableVideo(f"{self.name}: decord stops ({_short(error)}); {USE_AUTO}") from error
         return torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
 
-    def close(self) -> None:
-        """Lets go of the file."""
+    def _let_go(self) -> None:
         self._reader = None
 
 

@@ -58,8 +58,7 @@ class ImageFolderReader(VideoReader):
         except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
             raise UnreadableVideo(f"{self.name}: {path.name} cannot be decoded ({error})") from error
 
-    def close(self) -> None:
-        """Lets go of the list of files."""
+    def _let_go(self) -> None:
         self._paths = []
 
 

@@ -53,13 +53,12 @@ def count_frames(source: VideoSource) -> int:
 
 def choose_backend(backend: Backend) -> Backend:
     """What is asked for, else what COCA_VIDEO_DECODER names; ValueError if that is no backend."""
+    known: dict[str, Backend] = {name: name for name in get_args(Backend)}
     named = os.environ.get(ENVIRONMENT, "")
-    if backend != "auto" or not named:
-        return backend
-    for known in get_args(Backend):
-        if named == known:
-            return known  # type: ignore[no-any-return]  # get_args gives Any
-    raise ValueError(f"{ENVIRONMENT} is {named!r}; expected one of {', '.join(get_args(Backend))}")
+    what, asked = (ENVIRONMENT, named) if backend == "auto" and named else ("The backend", backend)
+    if asked not in known:
+        raise ValueError(f"{what} is {asked!r}; expected one of {', '.join(known)}")
+    return known[asked]
 
 
 def _open_first(source: Source, *, index: PacketIndex) -> VideoReader:
@@ -100,6 +99,5 @@ class _BackedByReference(VideoReader):
         self._use(reference)
         return reference.frames(indices)
 
-    def close(self) -> None:
-        """Lets go of the file and of the frames kept."""
+    def _let_go(self) -> None:
         self._reader.close()

@@ -147,8 +147,7 @@ class PyAVReader(VideoReader):
         if num_found < len(wanted):
             yield from self._walk(set(wanted[num_found:]))
 
-    def close(self) -> None:
-        """Lets go of the frames kept."""
+    def _let_go(self) -> None:
         self._kept = []
 
 

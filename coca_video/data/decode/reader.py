@@ -1,5 +1,6 @@
 """What every backend gives: frames of one video by number, and when each is shown."""
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
@@ -62,27 +63,35 @@ class VideoReader(ABC):
     height: int
     width: int
     times_seconds: Float64[np.ndarray, "num_frames"]
+    _is_closed = False
 
     def frames(self, indices: Sequence[int]) -> UInt8[Tensor, "len 3 height width"]:
         """The frames of these numbers, in any order, repeats allowed.
 
-        ValueError for a number out of range; UnreadableVideo where the file is damaged.
+        ValueError for a number out of range, or a closed reader; UnreadableVideo where the file is damaged.
         """
+        if self._is_closed:
+            raise ValueError(f"{self.name}: the reader is closed; open the video again")
         for index in indices:
             if not 0 <= index < self.num_frames:
                 last = self.num_frames - 1
                 raise ValueError(f"{self.name}: frame {index} was asked for, but the video has frames 0 to {last}")
         if len(indices) == 0:
             return torch.empty(0, 3, self.height, self.width, dtype=torch.uint8)
-        return self._frames([int(index) for index in indices])
+        return self._frames([operator.index(index) for index in indices])
 
     @abstractmethod
     def _frames(self, indices: list[int]) -> UInt8[Tensor, "len 3 height width"]:
         """The frames of one or more numbers that exist."""
 
-    @abstractmethod
     def close(self) -> None:
         """Lets go of the file and of the frames kept."""
+        self._is_closed = True
+        self._let_go()
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """What close does, once or again."""
 
     def __enter__(self) -> "VideoReader":
         return self

@@ -72,15 +72,30 @@ def as_source(source: VideoSource) -> Source:
     elif isinstance(source, str | Path):
         path = Path(source)
         if not path.is_file():
-            raise UnreadableVideo(f"{path}: there is no such file")
+            raise UnreadableVideo(f"{path}: {_not_a_file(path)}")
         found = Source(str(path), path)
+    elif isinstance(source, BinaryFile):
+        found = Source(str(getattr(source, "name", "the file object given")), _read_whole(source))
     else:
-        if source.seekable():
-            source.seek(0)
-        found = Source(str(getattr(source, "name", "the file object given")), source.read())
+        raise TypeError(f"expected a video's path, URL, bytes or open file, got {type(source).__name__}")
     if found.num_bytes() == 0:
         raise UnreadableVideo(f"{found.name}: the file is empty (0 bytes)")
     return found
+
+
+def _not_a_file(path: Path) -> str:
+    if path.is_symlink():
+        return f"it is a link to {path.readlink()}, and there is no such file"
+    return "it is not a file that can be read from its start" if path.exists() else "there is no such file"
+
+
+def _read_whole(file: BinaryFile) -> bytes:
+    if file.seekable():
+        file.seek(0)
+    data = file.read()
+    if not isinstance(data, bytes):
+        raise TypeError(f"expected a file opened for bytes (mode 'rb'), got one that gives {type(data).__name__}")
+    return data
 
 
 def _fetch(url: str) -> bytes:

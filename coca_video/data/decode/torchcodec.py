@@ -56,7 +56,6 @@ class TorchcodecReader(VideoReader):
         self._set_timeline(index.timeline)
 
     def _frames(self, indices: list[int]) -> UInt8[Tensor, "len 3 height width"]:
-        assert self._decoder is not None, "the reader is closed"
         try:
             batch = self._decoder.get_frames_at(indices)
         except (RuntimeError, IndexError) as error:
@@ -69,8 +68,7 @@ class TorchcodecReader(VideoReader):
         frames: Tensor = batch.data
         return frames
 
-    def close(self) -> None:
-        """Lets go of the file."""
+    def _let_go(self) -> None:
         self._decoder = None
 
 

@@ -5,22 +5,31 @@ step can be reached at once. A run that starts at step k therefore sees exactly 
 """
 
 import hashlib
-import signal
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt64
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+
+from coca_video.data.loader_workers import (
+    WORKER_TIMEOUT_SECONDS,
+    Watched,
+    from_workers,
+    leave_signals_to_the_main_process,
+    poll_seconds,
+)
+from coca_video.data.prefetch import map_tensors
 
 SampleT = TypeVar("SampleT")
 SampleT_co = TypeVar("SampleT_co", covariant=True)
 BatchT = TypeVar("BatchT")
 
 MASK_64 = (1 << 64) - 1
-GRACE_SECONDS = 20  # schedulers send SIGKILL some 30 s after SIGTERM
 NUM_ROUNDS = 8  # Feistel rounds; 4 already pass as random for wide halves, small sizes have halves of 3 bits
 MIN_HALF_BITS = 3  # halves of 1 or 2 bits have too few round functions to reach most orders of a tiny data set
 
@@ -147,11 +156,19 @@ def batches(
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
     share: Share = Share(),  # noqa: B008, it cannot be changed
+    pin_memory: bool = False,
+    worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
 ) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     """Yields one (batch, unreadable samples) for each step in [first_step, last_step), or the `share` of each.
 
     The result is the same for any number of `workers` (0: in this process). `collate` gets only the readable samples;
     the batch is None where a step has none. No global random state is read or written.
+
+    pin_memory: hand the batches out in page-locked memory, from which CUDA copies beside its work (`to_device_ahead`).
+
+    Raises, besides what `dataset` and `collate` raise:
+        ChildProcessError: a worker process died (out of memory, a crash in a decoder); it names the sample.
+        TimeoutError: no worker came to the end of a sample for `worker_timeout_seconds` while a batch was waited for.
     """
     if not 0 <= share.number < share.count <= order.batch_size:
         raise ValueError(
@@ -161,7 +178,14 @@ def batches(
     if not 0 <= first_step <= last_step:
         raise ValueError(f"Steps must satisfy 0 <= first_step <= last_step, got {first_step} and {last_step}.")
     steps = _KeyBatches(order=order, first_step=first_step, last_step=last_step, share=share)
-    return _load(dataset, key_batches=steps, workers=workers, collate=collate)
+    return _load(
+        dataset,
+        key_batches=steps,
+        workers=workers,
+        collate=collate,
+        pin_memory=pin_memory,
+        worker_timeout_seconds=worker_timeout_seconds,
+    )
 
 
 def in_order(
@@ -171,16 +195,36 @@ def in_order(
     batch_size: int,
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
+    pin_memory: bool = False,
+    worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
 ) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     """One pass in the order of the data set, for evaluation: epoch 0, indices 0 to num_samples - 1, each once.
 
-    Yields what `batches` yields; the last batch may be smaller.
+    Yields and raises what `batches` does; the last batch may be smaller.
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"A pass needs num_samples and batch_size of at least 1, got {num_samples} and {batch_size}.")
-    firsts = range(0, num_samples, batch_size)
-    keys = [[SampleKey(0, i) for i in range(first, min(first + batch_size, num_samples))] for first in firsts]
-    return _load(dataset, key_batches=keys, workers=workers, collate=collate)
+    return _load(
+        dataset,
+        key_batches=_OnePass(num_samples=num_samples, batch_size=batch_size),
+        workers=workers,
+        collate=collate,
+        pin_memory=pin_memory,
+        worker_timeout_seconds=worker_timeout_seconds,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OnePass:
+    num_samples: int
+    batch_size: int
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for first in range(0, self.num_samples, self.batch_size):
+            yield [SampleKey(0, index) for index in range(first, min(first + self.batch_size, self.num_samples))]
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,15 +242,26 @@ class _KeyBatches:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Loaded(Generic[BatchT]):
+    """What a worker sends. A class of its own because torch's pinning thread asks what it gets for `pin_memory`."""
+
+    batch: BatchT | None
+    unreadable: list[Unreadable]
+
+    def pin_memory(self) -> "_Loaded[BatchT]":
+        return replace(self, batch=map_tensors(self.batch, function=Tensor.pin_memory))
+
+
+@dataclass(frozen=True, kw_only=True)
 class _CollateReadable(Generic[SampleT, BatchT]):
     """Collates in the worker; a class and not a closure, so that it can be sent to a spawned process."""
 
     collate: Callable[[list[SampleT]], BatchT]
 
-    def __call__(self, samples: list[SampleT | Unreadable]) -> tuple[BatchT | None, list[Unreadable]]:
+    def __call__(self, samples: list[SampleT | Unreadable]) -> _Loaded[BatchT]:
         readable = [sample for sample in samples if not isinstance(sample, Unreadable)]
         unreadable = [sample for sample in samples if isinstance(sample, Unreadable)]
-        return (self.collate(readable) if readable else None), unreadable
+        return _Loaded(batch=self.collate(readable) if readable else None, unreadable=unreadable)
 
 
 def _load(
@@ -215,33 +270,33 @@ def _load(
     key_batches: Iterable[list[SampleKey]],
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
+    pin_memory: bool,
+    worker_timeout_seconds: float,
 ) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     if workers < 0:
         raise ValueError(f"The number of workers must be 0 or more, got {workers}.")
+    if not worker_timeout_seconds > 0:
+        raise ValueError(f"worker_timeout_seconds must be more than 0, got {worker_timeout_seconds:g}.")
+    watched = Watched.by(workers, dataset=dataset) if workers else None
     loader = DataLoader(
-        cast(Dataset[Any], dataset),  # only __getitem__ is called when batch_sampler gives the keys
+        # only __getitem__ is called when batch_sampler gives the keys
+        cast(Dataset[Any], dataset if watched is None else watched),
         batch_sampler=cast(Any, key_batches),
         num_workers=workers,
         collate_fn=_CollateReadable(collate=collate),
-        worker_init_fn=_leave_signals_to_the_main_process,
+        pin_memory=pin_memory,
+        timeout=0 if watched is None else poll_seconds(worker_timeout_seconds),
+        worker_init_fn=leave_signals_to_the_main_process,
         generator=torch.Generator(),  # else each pass draws its workers' base seed from the global generator
     )
-    return _until_closed(loader)
+    if watched is None:
+        return _unwrapped(loaded for loaded in loader)
+    return _unwrapped(from_workers(loader, work=watched.work, timeout_seconds=worker_timeout_seconds))
 
 
-def _until_closed(loader: DataLoader[Any]) -> Generator[Any, None, None]:
-    """What the loader yields; its workers end with the generator, also where that is closed before its end."""
-    iterator = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        del iterator
-
-
-def _leave_signals_to_the_main_process(_: int) -> None:
-    """A terminal or a scheduler signals every process; a run that is about to save still needs its workers.
-
-    SIGTERM is obeyed after a while and not ignored: multiprocessing ends forgotten workers by it, and waits for them.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+def _unwrapped(
+    loads: Generator[_Loaded[BatchT], None, None],
+) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
+    with closing(loads):
+        for loaded in loads:
+            yield loaded.batch, loaded.unreadable

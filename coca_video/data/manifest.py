@@ -9,46 +9,45 @@ import csv
 import difflib
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import shlex
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from coca_video.data.table import TextColumn, VideoRows
+from coca_video.data.table import VideoRow as VideoRow  # whoever uses a manifest finds its rows here
+
 COLUMNS = ("path", "label", "video_id", "start_seconds", "end_seconds", "split")
 CLASSES_FILE = "classes.txt"
+Place = Callable[[int], str]  # where a row stands, in words
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".mts", ".m2ts"}
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoRow:
-    """One clip: a file, or the part of it in [start_seconds, end_seconds); None is the file's own start or end.
+class Manifest:
+    """Rows in the order of the file, and the classes in the order of their indices. `source` is for messages.
 
-    path: of a video file or of a folder of images; a str is a URL that fsspec knows, s3://bucket/clip.mp4.
+    Rows are kept as columns: given as any Sequence of VideoRow, they come out as `VideoRows`.
     """
 
-    path: Path | str
-    label: str | None
-    video_id: str
-    start_seconds: float | None = None
-    end_seconds: float | None = None
-    split: str | None = None
-    extra: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """Rows in the order of the file, and the classes in the order of their indices. `source` is for messages."""
-
     source: Path
-    rows: tuple[VideoRow, ...]
+    rows: Sequence[VideoRow]
     classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, VideoRows):
+            object.__setattr__(self, "rows", VideoRows.of(self.rows))
 
     def label_index(self, row: VideoRow) -> int:
         """The class index of the row's label: its place in `classes`."""
@@ -65,26 +64,28 @@ class Manifest:
         Raises:
             ValueError: no row has this split; the sentence names the splits there are.
         """
-        rows = tuple(row for row in self.rows if row.split == split)
-        if not rows:
-            there = sorted({row.split for row in self.rows if row.split is not None})
+        splits = self._columns.splits
+        chosen = np.flatnonzero([name == split for name in splits])
+        if not chosen.size:
+            there = sorted({name for name in splits if name is not None})
             names = "the splits there are: " + ", ".join(map(repr, there)) if there else "no row has a split"
             raise ValueError(f"{self.source} has no clips of split {split!r}; {names}.")
-        return replace(self, rows=rows)
+        return replace(self, rows=self._columns.take(chosen.astype(np.int64)))
 
     def fingerprint(self) -> str:
         """A hash of what is learned or measured on: ids, labels, times, splits and classes, not where the files lie."""
-        rows = [[row.video_id, row.label, row.start_seconds, row.end_seconds, row.split] for row in self.rows]
-        text = json.dumps([rows, self.classes])
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b(digest_size=16)
+        for text in itertools.chain(["[["], self._columns.json_pieces(), [f"], {json.dumps(self.classes)}]"]):
+            digest.update(text.encode())
+        return digest.hexdigest()
 
     def check_labels(self) -> None:
         """Raises a ValueError if a row has no label: for those who learn from labels or count right answers."""
-        unlabelled = [row.video_id for row in self.rows if row.label is None]
-        if unlabelled:
+        unlabelled = np.flatnonzero(~self._columns.labels.present)
+        if unlabelled.size:
             raise ValueError(
-                f"{self.source} has {len(unlabelled)} of {len(self.rows)} clips without a label, the first is "
-                f"{unlabelled[0]!r}; give each a label, or leave them out."
+                f"{self.source} has {unlabelled.size} of {len(self.rows)} clips without a label, the first is "
+                f"{self._columns.video_ids[int(unlabelled[0])]!r}; give each a label, or leave them out."
             )
 
     def check_files(self) -> None:
@@ -92,14 +93,20 @@ class Manifest:
 
         URLs are not asked for: a request each would take hours where a look at the disk takes seconds.
         """
-        paths = dict.fromkeys(row.path for row in self.rows if isinstance(row.path, Path))
-        missing = [path for path in paths if not path.exists()]
+        columns = self._columns
+        paths = dict.fromkeys(path for path, is_url in zip(columns.paths, columns.is_url, strict=True) if not is_url)
+        missing = [path for path in paths if path is not None and not Path(path).exists()]
         if missing:
-            names = ", ".join(map(str, missing[:3])) + (", ..." if len(missing) > 3 else "")
+            names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise ValueError(
                 f"{self.source} names {len(missing)} of {len(paths)} files that are not on disk: {names}; "
                 "fetch them, or correct the paths, which are relative to the manifest."
             )
+
+    @property
+    def _columns(self) -> VideoRows:
+        assert isinstance(self.rows, VideoRows)
+        return self.rows
 
     @cached_property
     def _class_indices(self) -> dict[str, int]:
@@ -116,16 +123,15 @@ def read_manifest(source: Path, *, classes: Sequence[str] | None = None) -> Mani
         ValueError: one sentence for each thing that may be wrong with the manifest or its classes.
     """
     if source.is_dir():
-        numbered, classes_path = _read_folder(source), source / CLASSES_FILE
+        (rows, place), classes_path = _read_folder(source), source / CLASSES_FILE
     elif source.is_file():
-        numbered, classes_path = _read_csv(source), source.parent / CLASSES_FILE
+        (rows, place), classes_path = _read_csv(source), source.parent / CLASSES_FILE
     else:
         raise ValueError(f"There is no manifest {source}: expected a CSV file or a folder of clips.")
-    rows = list(numbered.values())
-    names, classes_from = _choose_classes(rows, source=source, given=classes, path=classes_path)
-    _check_labels(numbered, classes=names, classes_from=classes_from)
-    _check_video_ids(numbered)
-    return Manifest(source=source, rows=tuple(rows), classes=tuple(names))
+    names, classes_from = _choose_classes(rows.labels, source=source, given=classes, path=classes_path)
+    _check_labels(rows.labels, place=place, classes=names, classes_from=classes_from)
+    _check_video_ids(rows.video_ids, place=place)
+    return Manifest(source=source, rows=rows, classes=tuple(names))
 
 
 def write_manifest(path: Path, *, rows: Sequence[VideoRow], classes: Sequence[str]) -> None:
@@ -134,16 +140,17 @@ def write_manifest(path: Path, *, rows: Sequence[VideoRow], classes: Sequence[st
     Paths are written relative to the manifest. Each file appears whole or not at all, the CSV last. Without
     classes (and then without labels) no classes.txt is written.
     """
-    numbered = {f"{path}, row {number}": row for number, row in enumerate(rows, start=2)}
-    if not numbered:
+    columns = rows if isinstance(rows, VideoRows) else VideoRows.of(rows)
+    if not columns:
         raise ValueError(f"{path} would be a manifest without clips; expected at least one row.")
-    _check_labels(numbered, classes=classes, classes_from="the classes given")
-    _check_video_ids(numbered)
+    place = _row_numbers(path, numbers=range(2, len(columns) + 2))
+    _check_labels(columns.labels, place=place, classes=classes, classes_from="the classes given")
+    _check_video_ids(columns.video_ids, place=place)
     path.parent.mkdir(parents=True, exist_ok=True)
     if classes:
         _check_classes(classes, where="The classes given")
         _write_whole(path.parent / CLASSES_FILE, lines=[f"{name}\n" for name in classes])
-    _write_whole(path, lines=_csv_lines(rows, folder=path.parent.resolve()))
+    _write_whole(path, lines=_csv_lines(columns, folder=path.parent.resolve()))
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
@@ -169,13 +176,13 @@ def _check_classes(names: Sequence[str], *, where: str) -> None:
 
 
 def _choose_classes(
-    rows: Sequence[VideoRow], *, source: Path, given: Sequence[str] | None, path: Path
+    column: TextColumn, *, source: Path, given: Sequence[str] | None, path: Path
 ) -> tuple[tuple[str, ...], str]:
     """The classes and what to call their origin in messages."""
     if given is not None:
         _check_classes(given, where="The classes given")
         return tuple(given), "the classes given"
-    labels = sorted({row.label for row in rows if row.label is not None})
+    labels = sorted({label for label in column if label is not None})
     if path.is_file():
         return read_classes(path), str(path)
     if not labels:
@@ -188,11 +195,11 @@ def _choose_classes(
     )
 
 
-def _check_labels(numbered: Mapping[str, VideoRow], *, classes: Sequence[str], classes_from: str) -> None:
+def _check_labels(labels: TextColumn, *, place: Place, classes: Sequence[str], classes_from: str) -> None:
     known = frozenset(classes)
-    for where, row in numbered.items():
-        if row.label is not None and row.label not in known:
-            raise ValueError(_unknown_label(row.label, where=where, classes=classes, classes_from=classes_from))
+    for row, label in enumerate(labels):
+        if label is not None and label not in known:
+            raise ValueError(_unknown_label(label, where=place(row), classes=classes, classes_from=classes_from))
 
 
 def _unknown_label(label: str, *, where: str, classes: Sequence[str], classes_from: str) -> str:
@@ -201,39 +208,59 @@ def _unknown_label(label: str, *, where: str, classes: Sequence[str], classes_fr
     return f"{where}: label {label!r} is not one of the {len(classes)} classes of {classes_from}{hint}."
 
 
-def _check_video_ids(numbered: Mapping[str, VideoRow]) -> None:
-    first_place: dict[str, str] = {}
-    for where, row in numbered.items():
-        if row.video_id in first_place:
+def _check_video_ids(video_ids: TextColumn, *, place: Place) -> None:
+    first_row: dict[str | None, int] = {}
+    for row, video_id in enumerate(video_ids):
+        if first_row.setdefault(video_id, row) != row:
             raise ValueError(
-                f"{where}: video_id {row.video_id!r} stands already at {first_place[row.video_id]}; "
+                f"{place(row)}: video_id {video_id!r} stands already at {place(first_row[video_id])}; "
                 "give each clip its own in the column video_id."
             )
-        first_place[row.video_id] = where
 
 
-def _read_csv(source: Path) -> dict[str, VideoRow]:
-    """The rows by their place in words: 'm.csv, row 2' is the first after the header, as a spreadsheet counts."""
-    try:
-        table = list(csv.reader(io.StringIO(_read_text(source)), strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{source} is not a CSV file: {error}.") from error
-    header = [name.strip() for name in table[0]] if table else []
+def _row_numbers(source: Path, *, numbers: Sequence[int]) -> Place:
+    return lambda row: f"{source}, row {numbers[row]}"
+
+
+def _read_csv(source: Path) -> tuple[VideoRows, Place]:
+    """The rows and their places: 'm.csv, row 2' is the first after the header, as a spreadsheet counts.
+
+    The text is gone through twice, so that no more than one row of it is in memory as Python objects.
+    """
+    text = _read_text(source)
+    header = [name.strip() for name in next(_csv_cells(source, text=text), [])]
     if "path" not in header:
         raise ValueError(f"{source} needs a column 'path'; the columns found: {', '.join(header) or 'none'}.")
     repeated = [name for name, count in Counter(header).items() if count > 1]
     if repeated:
         raise ValueError(f"{source} has the column {repeated[0]!r} more than once; keep one of them.")
-    numbered = {f"{source}, row {number}": cells for number, cells in enumerate(table[1:], start=2) if cells}
-    if not numbered:
+    numbers = array("q")
+    paths_and_ids: list[tuple[str, str]] = []
+    for number, cells in _numbered_cells(source, text=text, header=header):
+        numbers.append(number)
+        paths_and_ids.append((cells["path"], cells.get("video_id", "")))
+    if not numbers:
         raise ValueError(f"{source} is an empty manifest: it has a header but no clips.")
-    named = {where: _name_cells(cells, header=header, where=where) for where, cells in numbered.items()}
-    video_ids = _video_ids([(cells["path"], cells.get("video_id", "")) for cells in named.values()])
-    folder = source.parent.resolve()
-    return {
-        where: _row_from_cells(cells, folder=folder, video_id=video_id, where=where)
-        for (where, cells), video_id in zip(named.items(), video_ids, strict=True)
-    }
+    place, folder, video_ids = _row_numbers(source, numbers=numbers), source.parent.resolve(), _video_ids(paths_and_ids)
+    numbered = enumerate(_numbered_cells(source, text=text, header=header))
+    rows = VideoRows.of(
+        _row_from_cells(cells, folder=folder, video_id=video_ids[row], where=place(row)) for row, (_, cells) in numbered
+    )
+    return rows, place
+
+
+def _csv_cells(source: Path, *, text: str) -> Iterator[list[str]]:
+    try:
+        yield from csv.reader(io.StringIO(text), strict=True)
+    except csv.Error as error:
+        raise ValueError(f"{source} is not a CSV file: {error}.") from error
+
+
+def _numbered_cells(source: Path, *, text: str, header: Sequence[str]) -> Iterator[tuple[int, dict[str, str]]]:
+    """The number and the cells by name of each row that is not blank, below the header."""
+    for number, cells in enumerate(_csv_cells(source, text=text), start=1):
+        if number > 1 and cells:
+            yield number, _name_cells(cells, header=header, where=f"{source}, row {number}")
 
 
 def _name_cells(cells: Sequence[str], *, header: Sequence[str], where: str) -> dict[str, str]:
@@ -281,7 +308,7 @@ def _video_ids(paths_and_ids: Sequence[tuple[str, str]]) -> list[str]:
     return [given or (Path(path).stem if unique else Path(path).as_posix()) for path, given in paths_and_ids]
 
 
-def _read_folder(folder: Path) -> dict[str, VideoRow]:
+def _read_folder(folder: Path) -> tuple[VideoRows, Place]:
     paths = sorted(_video_files(folder))
     if not paths:
         raise ValueError(
@@ -297,15 +324,16 @@ def _read_folder(folder: Path) -> dict[str, VideoRow]:
             )
     video_ids = _video_ids([(path.as_posix(), "") for path in paths])
     absolute = folder.absolute()
-    return {
-        str(folder / path): VideoRow(
+    rows = VideoRows.of(
+        VideoRow(
             path=absolute / path,
             label=path.parts[-2],
             video_id=video_id,
             split=path.parts[0] if depth == 3 else None,
         )
         for path, video_id in zip(paths, video_ids, strict=True)
-    }
+    )
+    return rows, lambda row: str(folder / paths[row])
 
 
 def _video_files(folder: Path) -> Iterable[Path]:
@@ -317,17 +345,27 @@ def _video_files(folder: Path) -> Iterable[Path]:
                 yield (Path(parent) / name).relative_to(folder)
 
 
-def _csv_lines(rows: Sequence[VideoRow], *, folder: Path) -> list[str]:
-    extras = list(dict.fromkeys(name for row in rows for name in row.extra))
-    table: list[list[str]] = [[*COLUMNS, *extras]]
-    for row in rows:
-        path = row.path if isinstance(row.path, str) else os.path.relpath(row.path.absolute(), folder)
-        seconds = ["" if value is None else repr(value) for value in (row.start_seconds, row.end_seconds)]
-        extra = [row.extra.get(name, "") for name in extras]
-        table.append([path.replace(os.sep, "/"), row.label or "", row.video_id, *seconds, row.split or "", *extra])
+def _csv_lines(rows: VideoRows, *, folder: Path) -> list[str]:
+    extras = [name for name, column in rows.extra.items() if column.present.any()]
+    columns: list[Iterable[str]] = [
+        [
+            (path if is_url else os.path.relpath(path, folder)).replace(os.sep, "/")
+            for path, is_url in zip(_or_empty(rows.paths), rows.is_url.tolist(), strict=True)
+        ],
+        _or_empty(rows.labels),
+        _or_empty(rows.video_ids),
+        *(["" if math.isnan(s) else repr(s) for s in c.tolist()] for c in (rows.start_seconds, rows.end_seconds)),
+        _or_empty(rows.splits),
+        *(_or_empty(rows.extra[name]) for name in extras),
+    ]
+    table = itertools.chain([(*COLUMNS, *extras)], zip(*columns, strict=True))
     lines: list[str] = []
     csv.writer(_Lines(lines), lineterminator="\n").writerows(table)
     return lines
+
+
+def _or_empty(column: TextColumn) -> Iterator[str]:
+    return (text or "" for text in column)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,15 @@
 """The order of samples: a bijection, the same for any number of workers, exact at any step."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 
 from coca_video.data.loader import Order, SampleKey, Share, Unreadable, batches, in_order, keyed_permutation
+
+# two cores are few for three workers, and torch says so
+three_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
 
 GOLDEN = [SampleKey(0, 657), SampleKey(0, 461), SampleKey(0, 70), SampleKey(0, 645)]
 
@@ -16,6 +21,20 @@ class Squares:
         if key.index % 7 == 0:
             return Unreadable(key=f"sample {key.index}", cause="divisible by 7")
         return key.epoch * 1000 + key.index**2
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Sample (epoch, index) is its key and 3 numbers drawn from it; index 5 cannot be read."""
+
+    def __getitem__(self, key: SampleKey) -> tuple[SampleKey, torch.Tensor] | Unreadable:
+        if key.index == 5:
+            return Unreadable(key=str(key.index), cause="five")
+        return key, noise(key)
+
+
+def noise(key: SampleKey) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng([key.epoch, key.index]).random(3))
 
 
 def expected_step(order: Order, step: int) -> tuple[list[int] | None, list[str]]:
@@ -53,6 +72,7 @@ def test_permutation_is_pointwise() -> None:
     assert keyed_permutation(some, size=1000, key=4).tolist() == whole[some].tolist()
 
 
+@pytest.mark.slow
 def test_permutation_over_keys_is_uniform() -> None:
     """Where position 0 and position 3 of 10 go, over 4,000 keys: chi-square with 9 degrees of freedom, p = 1e-4."""
     for position in (0, 3):
@@ -127,6 +147,55 @@ def test_shares_of_a_step_make_up_the_step(count: int) -> None:
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == 6
 
 
+@dataclass(frozen=True, kw_only=True)
+class Leg:
+    """A part of a run: up to which step, by how many workers and ranks."""
+
+    last_step: int
+    workers: int
+    ranks: int
+
+
+@pytest.mark.slow
+@three_workers
+@pytest.mark.parametrize(
+    "legs",
+    [
+        *([Leg(last_step=8, workers=workers, ranks=ranks)] for workers in (0, 1, 2, 3) for ranks in (1, 2, 3)),
+        [
+            Leg(last_step=2, workers=0, ranks=1),
+            Leg(last_step=5, workers=2, ranks=3),
+            Leg(last_step=8, workers=1, ranks=2),
+        ],
+        [
+            Leg(last_step=1, workers=3, ranks=2),
+            Leg(last_step=2, workers=1, ranks=1),
+            Leg(last_step=8, workers=0, ranks=3),
+        ],
+        [Leg(last_step=7, workers=1, ranks=3), Leg(last_step=8, workers=3, ranks=1)],
+    ],
+    ids=lambda legs: " then ".join(f"to {leg.last_step} by {leg.workers}x{leg.ranks}" for leg in legs),
+)
+def test_a_run_sees_the_same_however_it_is_divided_and_stopped(legs: list[Leg]) -> None:
+    """8 steps of 7 over 17 samples: epochs end in mid-step, legs end in mid-epoch, 3 ranks share 7 unevenly."""
+    order = Order(num_samples=17, batch_size=7, seed=4)
+    expected = [key for step in range(8) for key in order.batch(step)]
+    assert sorted(expected[17:34]) == [(1, index) for index in range(17)]
+    found: list[SampleKey] = []
+    first_step = 0
+    for leg in legs:
+        options = {"order": order, "first_step": first_step, "last_step": leg.last_step, "workers": leg.workers}
+        shares = [Share(number, leg.ranks) for number in range(leg.ranks)]
+        ranks = [list(batches(Noise(), share=share, collate=list, **options)) for share in shares]
+        for step in zip(*ranks, strict=True):
+            samples = [sample for batch, _ in step for sample in batch or []]
+            assert all(torch.equal(numbers, noise(key)) for key, numbers in samples)
+            found += [key for key, _ in samples]
+        first_step = leg.last_step
+    assert found == [key for key in expected if key.index != 5]
+    assert len(found) == 56 - 4  # index 5 comes once an epoch, and early in the fourth
+
+
 def test_a_step_without_readable_samples_is_none() -> None:
     steps = list(in_order(Squares(), num_samples=8, batch_size=1, workers=0, collate=list))
     assert steps[0] == (None, [Unreadable(key="sample 0", cause="divisible by 7")])
@@ -134,7 +203,8 @@ def test_a_step_without_readable_samples_is_none() -> None:
     assert steps[7] == (None, [Unreadable(key="sample 7", cause="divisible by 7")])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@three_workers
+@pytest.mark.parametrize("workers", [0, 1, 2, 3])
 def test_in_order_passes_once_and_keeps_the_last_small_batch(workers: int) -> None:
     steps = list(in_order(Squares(), num_samples=10, batch_size=4, workers=workers, collate=list))
     assert [batch for batch, _ in steps] == [[1, 4, 9], [16, 25, 36], [64, 81]]
@@ -161,6 +231,8 @@ def test_wrong_numbers_are_sentences() -> None:
         batches(Squares(), order=order, first_step=3, last_step=2, workers=0, collate=list)
     with pytest.raises(ValueError, match="workers must be 0 or more, got -1"):
         batches(Squares(), order=order, first_step=0, last_step=2, workers=-1, collate=list)
+    with pytest.raises(ValueError, match="worker_timeout_seconds must be more than 0, got 0"):
+        in_order(Squares(), num_samples=1, batch_size=1, workers=1, collate=list, worker_timeout_seconds=0.0)
     with pytest.raises(ValueError, match="A batch of 2 cannot be shared by 3 ranks"):
         batches(Squares(), order=order, first_step=0, last_step=2, workers=0, collate=list, share=Share(2, 3))
     with pytest.raises(ValueError, match="count from 0, got -1"):

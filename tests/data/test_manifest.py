@@ -1,5 +1,6 @@
 """The manifest: what is read, in which order, and one sentence for each thing that may be wrong."""
 
+import pickle
 import re
 import subprocess
 from dataclasses import replace
@@ -218,6 +219,69 @@ def test_a_split_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
         manifest.select(split="test")
     with pytest.raises(ValueError, match="no row has a split"):
         read_manifest(csv_file(tmp_path, "path\nx.mp4\n")).select(split="test")
+
+
+def many_rows(num_rows: int) -> list[VideoRow]:
+    return [
+        VideoRow(
+            path=Path(f"/v/{i}.mp4") if i % 5 else f"s3://b/{i}.mp4",
+            label=None if i % 11 == 0 else f"class {i % 7} é",
+            video_id=f'video {i} \u2028"',
+            start_seconds=None if i % 3 == 0 else i / 7,
+            end_seconds=None if i % 4 == 0 else i + 0.5,
+            split=[None, "train", "test"][i % 3],
+            extra={"n": str(i)} if i % 2 else {},
+        )
+        for i in range(num_rows)
+    ]
+
+
+def test_fingerprints_are_those_of_earlier_versions() -> None:
+    """Golden: blake2b of json.dumps([[[id, label, start, end, split], ...], classes]) as first released.
+
+    Runs, caches and results keep fingerprints, so a change of them orphans all of these.
+    """
+    manifest = Manifest(source=Path("/m.csv"), rows=many_rows(2500), classes=tuple(f"class {k} é" for k in range(7)))
+    assert manifest.fingerprint() == "5e552d23f1cd0e2853391f474bde6271"
+    assert manifest.select(split="test").fingerprint() == "11faf7bdcf7fcbbe0d05f74ae6037092"
+    one = Manifest(source=Path("elsewhere.csv"), rows=many_rows(1), classes=())
+    assert one.fingerprint() == "ed7ec480e5baa266a8b7a474d42c05da"
+    moved = [replace(row, path=Path("/w") / row.video_id, extra={}) for row in many_rows(1)]
+    assert replace(one, rows=moved).fingerprint() == one.fingerprint()
+
+
+def test_rows_are_a_sequence_of_what_was_given() -> None:
+    given = many_rows(30)
+    manifest = Manifest(source=Path("m.csv"), rows=given, classes=tuple(f"class {k} é" for k in range(7)))
+    assert len(manifest.rows) == 30 and list(manifest.rows) == given and manifest.rows[-1] == given[-1]
+    assert manifest.rows[3:9] == given[3:9] and manifest.rows == tuple(given)
+    assert manifest.select(split="test").rows == given[2::3]
+    labelled = [row for row in manifest.rows if row.label is not None]
+    assert [manifest.label_index(row) for row in labelled] == [i % 7 for i in range(30) if i % 11]
+    assert pickle.loads(pickle.dumps(manifest)) == manifest
+
+
+def test_unlabelled_clips_are_counted_and_the_first_named() -> None:
+    manifest = Manifest(source=Path("m.csv"), rows=many_rows(12)[1:], classes=tuple(f"class {k} é" for k in range(7)))
+    with pytest.raises(ValueError, match=r"has 1 of 11 clips without a label, the first is 'video 11 "):
+        manifest.check_labels()
+    replace(manifest, rows=manifest.rows[:10]).check_labels()
+
+
+def test_places_count_blank_lines_as_a_spreadsheet_does(tmp_path: Path) -> None:
+    message = refusal(csv_file(tmp_path, "path,video_id\n\nx.mp4,a\n\n\ny.mp4,a\n"))
+    assert re.search("row 6: video_id 'a' stands already at .*row 3", message), message
+
+
+def test_a_part_of_a_manifest_is_written_without_the_columns_that_it_has_not(tmp_path: Path) -> None:
+    rows = [VideoRow(path=tmp_path / name, label=None, video_id=name, extra={name: "1"}) for name in "abc"]
+    manifest = Manifest(source=Path("m.csv"), rows=rows, classes=())
+    write_manifest(tmp_path / "m.csv", rows=manifest.rows[1:], classes=())
+    assert (tmp_path / "m.csv").read_text().splitlines() == [
+        "path,label,video_id,start_seconds,end_seconds,split,b,c",
+        "b,,b,,,,1,",
+        "c,,c,,,,,1",
+    ]
 
 
 def test_missing_files_are_counted_and_three_named(tmp_path: Path) -> None:

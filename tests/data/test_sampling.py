@@ -1,15 +1,39 @@
-"""Frame numbers against a double loop in exact fractions, windows against a loop over frames, pure generators."""
+"""Frame numbers against double loops in whole numbers and against pytorchvideo, windows, pure generators."""
 
+import importlib.util
+import math
+import random
 import subprocess
 import sys
+import warnings
 from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from coca_video.data.sampling import frame_window, sample_rng, uniform_indices
+from coca_video.data.sampling import (
+    BeyondEnd,
+    ClipTimes,
+    Seconds,
+    clip_starts,
+    dense_indices,
+    frame_window,
+    linspace_float32,
+    pytorchvideo_constant,
+    pytorchvideo_frames,
+    pytorchvideo_random,
+    pytorchvideo_uniform,
+    random_dense_start,
+    sample_rng,
+    uniform_indices,
+)
+from tests.data.numbered_videos import encode, numbers_shown
 
 GOLDEN = [1580722785938471746, 471189835108207819]
 
@@ -129,3 +153,247 @@ def test_sample_rng_is_uniform_over_samples() -> None:
     counts, _ = np.histogram(first, bins=10, range=(0, 1))
     assert ((counts - 400) ** 2 / 400).sum() < 27.9  # chi-square, 9 degrees of freedom, p = 0.001
     assert abs(np.corrcoef(first[:-1], first[1:])[0, 1]) < 0.06
+
+
+def naive_dense(num_frames: int, *, num_samples: int, stride: int, start: int, beyond_end: BeyondEnd) -> list[int]:
+    """Walk the video frame by frame, and take every stride-th."""
+    found, frame = [], start
+    for _ in range(num_samples):
+        found.append(frame)
+        for _ in range(stride):
+            frame += 1
+            if frame == num_frames:
+                frame = 0 if beyond_end == "loop" else num_frames - 1
+    return found
+
+
+SHARES = st.floats(0, 1, exclude_max=True)
+
+
+@given(st.integers(1, 200), st.integers(1, 40), st.integers(1, 9), SHARES, st.sampled_from(["clamp", "loop"]))
+@example(1, 16, 4, 0.0, "clamp")
+@example(1, 16, 4, 0.0, "loop")
+def test_dense(num_frames: int, num_samples: int, stride: int, share: float, beyond_end: BeyondEnd) -> None:
+    start = int(share * num_frames)
+    indices = dense_indices(num_frames, num_samples=num_samples, stride=stride, start=start, beyond_end=beyond_end)
+    assert indices.dtype == np.int64
+    assert indices.tolist() == naive_dense(
+        num_frames, num_samples=num_samples, stride=stride, start=start, beyond_end=beyond_end
+    )
+
+
+def test_known_dense() -> None:
+    assert dense_indices(300, num_samples=4, stride=8, start=100).tolist() == [100, 108, 116, 124]
+    assert dense_indices(10, num_samples=5, stride=3, start=2).tolist() == [2, 5, 8, 9, 9]
+    assert dense_indices(10, num_samples=5, stride=3, start=2, beyond_end="loop").tolist() == [2, 5, 8, 1, 4]
+
+
+def fitting_starts(num_frames: int, *, num_samples: int, stride: int) -> list[int]:
+    """Every start whose clip lies within the video; [0] if it is longer."""
+    return [start for start in range(num_frames) if start + (num_samples - 1) * stride <= num_frames - 1] or [0]
+
+
+@given(st.integers(1, 80), st.integers(1, 12), st.integers(1, 20), st.integers(1, 5))
+@example(1, 10, 16, 4)
+@example(61, 3, 16, 4)  # a single place for the clip
+def test_clip_starts(num_frames: int, num_clips: int, num_samples: int, stride: int) -> None:
+    starts = clip_starts(num_frames, num_clips=num_clips, num_samples=num_samples, stride=stride).tolist()
+    possible = fitting_starts(num_frames, num_samples=num_samples, stride=stride)
+    if num_clips == 1:
+        assert starts == [possible[(len(possible) - 1) // 2]]
+        return
+    assert starts[0] == 0 and starts[-1] == possible[-1]  # the end is included
+    for clip, start in enumerate(starts):
+        distances = [abs(place * (num_clips - 1) - clip * possible[-1]) for place in possible]
+        nearest = [place for place in possible if distances[place] == min(distances)]
+        assert start == next(place for place in nearest if len(nearest) == 1 or place % 2 == 0)
+
+
+def test_known_clip_starts() -> None:
+    assert clip_starts(300, num_clips=10, num_samples=16, stride=4).tolist() == [
+        0, 27, 53, 80, 106, 133, 159, 186, 212, 239
+    ]  # fmt: skip
+    assert clip_starts(63, num_clips=5, num_samples=16, stride=4).tolist() == [0, 0, 1, 2, 2]  # 0.5 and 1.5 to even
+    assert clip_starts(300, num_clips=1, num_samples=16, stride=4).tolist() == [119]
+
+
+@given(st.integers(1, 100), st.integers(1, 20), st.integers(1, 9), SHARES)
+@example(8, 1, 1, math.nextafter(1.0, 0.0))
+def test_random_dense_start(num_frames: int, num_samples: int, stride: int, fraction: float) -> None:
+    possible = fitting_starts(num_frames, num_samples=num_samples, stride=stride)
+    expected = [
+        start
+        for place, start in enumerate(possible)
+        if Fraction(place, len(possible)) <= Fraction(fraction) < Fraction(place + 1, len(possible))
+    ]
+    start = random_dense_start(num_frames, num_samples=num_samples, stride=stride, fraction=fraction)
+    assert [start] == expected
+
+
+def test_dense_functions_say_what_is_wrong() -> None:
+    for name in ("num_samples", "stride"):
+        counts: dict[str, Any] = {"num_samples": 2, "stride": 2} | {name: 0}
+        for function, more in (
+            (dense_indices, {"start": 1}),
+            (clip_starts, {"num_clips": 1}),
+            (random_dense_start, {"fraction": 0.0}),
+        ):
+            with pytest.raises(ValueError, match=f"expected {name} of at least 1, got 0"):
+                function(9, **counts | more)
+    with pytest.raises(ValueError, match="num_clips of at least 1"):
+        clip_starts(9, num_clips=0, num_samples=2, stride=2)
+    for start in (-1, 9):
+        with pytest.raises(ValueError, match=r"start in \[0, 9\)"):
+            dense_indices(9, num_samples=2, stride=2, start=start)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"fraction in \[0, 1\)"):
+            random_dense_start(9, num_samples=2, stride=2, fraction=fraction)
+
+
+@given(st.integers(0, 2**20), st.integers(0, 2**20), st.integers(1, 70))
+def test_linspace_is_that_of_torch(start: int, stop: int, num_samples: int) -> None:
+    ours = linspace_float32(start / 1024, stop=stop / 1024, num_samples=num_samples)
+    assert torch.equal(torch.from_numpy(ours), torch.linspace(start / 1024, stop / 1024, num_samples))
+
+
+def test_linspace_of_whole_numbers_is_that_of_torch() -> None:
+    differs = 0
+    for num_samples in range(1, 65):
+        for frames in range(1, 400, 7):
+            ours = linspace_float32(0.0, stop=float(frames - 1), num_samples=num_samples)
+            assert torch.equal(torch.from_numpy(ours), torch.linspace(0, frames - 1, num_samples))
+            exact = np.linspace(0, frames - 1, num_samples).astype(np.int64)
+            differs += not np.array_equal(ours.astype(np.int64), exact)
+    assert differs > 0  # otherwise numpy's would do
+
+
+@pytest.fixture(scope="module")
+def pytorchvideo() -> SimpleNamespace:
+    """Its samplers, EncodedVideo and, from a package that today's torchvision cannot import, its subsampling."""
+    with warnings.catch_warnings():
+        # invalid escape sequences in its strings, reported when Python compiles them
+        warnings.filterwarnings("ignore", "invalid escape sequence", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*invalid escape sequence", SyntaxWarning)
+        from pytorchvideo.data import clip_sampling, encoded_video
+
+        file = Path(clip_sampling.__file__).parents[1] / "transforms" / "functional.py"
+        spec = importlib.util.spec_from_file_location("pytorchvideo_functional", file)
+        assert spec is not None and spec.loader is not None
+        functional = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(functional)
+    return SimpleNamespace(
+        make_clip_sampler=clip_sampling.make_clip_sampler,
+        open_video=encoded_video.EncodedVideo.from_path,
+        subsample=functional.uniform_temporal_subsample,
+    )
+
+
+def all_clips(sampler: Any, duration: Seconds) -> tuple[ClipTimes, ...]:
+    """As its LabeledVideoDataset calls a sampler: from 0.0, then from the end of the clip before, until the last."""
+    found: list[ClipTimes] = []
+    last_end: Seconds = 0.0
+    while True:
+        info = sampler(last_end, duration, None)
+        found.append(ClipTimes(info.clip_start_sec, info.clip_end_sec))
+        last_end = info.clip_end_sec
+        if info.is_last_clip:
+            return tuple(found)
+
+
+def times(lowest: float, highest: float) -> st.SearchStrategy[Seconds]:
+    """Seconds as floats and as exact fractions of whole frames at 30 and 25 a second."""
+    floats = st.floats(lowest, highest)
+    frames = st.tuples(st.integers(math.ceil(lowest * 30), math.floor(highest * 30)), st.sampled_from([25, 30]))
+    return floats | frames.map(lambda pair: Fraction(*pair))
+
+
+@given(times(0.05, 20), times(0.5, 4), st.none() | st.floats(0.1, 0.99) | st.just(Fraction(1, 2)), st.booleans())
+@example(Fraction(39, 30), Fraction(32, 30), Fraction(1, 2), True)  # the example of its docstring
+@example(0.04, 2.0, None, True)  # a clip longer than the video
+@example(10.0, 2.0, None, True)
+def test_uniform_clips_are_those_of_pytorchvideo(
+    pytorchvideo: SimpleNamespace, duration: Seconds, clip: Seconds, share: Seconds | None, backpad_last: bool
+) -> None:
+    stride = None if share is None else clip * share
+    sampler = pytorchvideo.make_clip_sampler("uniform", clip, stride, backpad_last)
+    ours = pytorchvideo_uniform(duration, clip_seconds=clip, stride_seconds=stride, backpad_last=backpad_last)
+    assert ours == all_clips(sampler, duration)
+
+
+@given(times(0.05, 20), times(0.1, 8), st.integers(1, 12))
+@example(0.04, 2.0, 5)
+def test_constant_clips_are_those_of_pytorchvideo(
+    pytorchvideo: SimpleNamespace, duration: Seconds, clip: Seconds, num_clips: int
+) -> None:
+    sampler = pytorchvideo.make_clip_sampler("constant_clips_per_video", clip, num_clips)
+    ours = pytorchvideo_constant(duration, clip_seconds=clip, num_clips=num_clips)
+    assert ours == all_clips(sampler, duration)
+    assert len(ours) == num_clips
+
+
+@given(times(0.05, 20), times(0.1, 8), st.integers(0, 2**32))
+def test_random_clips_are_those_of_pytorchvideo(
+    pytorchvideo: SimpleNamespace, duration: Seconds, clip: Seconds, seed: int
+) -> None:
+    sampler = pytorchvideo.make_clip_sampler("random", clip)
+    before = random.getstate()
+    random.seed(seed)
+    expected = all_clips(sampler, duration)
+    random.setstate(before)
+    fraction = random.Random(seed).random()
+    assert (pytorchvideo_random(duration, clip_seconds=clip, fraction=fraction),) == expected
+
+
+@pytest.mark.parametrize(("decoder", "rate"), [("pyav", Fraction(30)), ("decord", 30.0)])
+def test_frames_are_those_of_pytorchvideo(
+    pytorchvideo: SimpleNamespace, decoder: str, rate: Seconds, tmp_path: Path
+) -> None:
+    pytest.importorskip({"pyav": "av", "decord": "decord"}[decoder], reason="decord has wheels for x86-64 only")
+    path = encode(tmp_path / "a.mp4", num_frames=45)  # 1.5 s
+    video = pytorchvideo.open_video(str(path), decode_audio=False, decoder=decoder)
+    clips = [
+        *pytorchvideo_constant(video.duration, clip_seconds=0.7, num_clips=3),
+        *pytorchvideo_uniform(video.duration, clip_seconds=Fraction(8, 30), stride_seconds=Fraction(5, 30)),
+        *pytorchvideo_uniform(video.duration, clip_seconds=Fraction(1, 30)),
+        pytorchvideo_random(video.duration, clip_seconds=0.5, fraction=0.77),
+        *pytorchvideo_uniform(video.duration, clip_seconds=2.0),
+    ]
+    empty = 0
+    for clip in clips:
+        taken = video.get_clip(*clip)["video"]
+        for num_samples in (1, 4, 16):
+            options: dict[str, Any] = {"frames_per_second": rate, "clip": clip, "num_samples": num_samples}
+            if taken.shape[1] == 0:  # clips of one frame whose float start rounds up to the next
+                empty += 1
+                with pytest.raises(ValueError, match="expected a clip with a frame in it"):
+                    pytorchvideo_frames(45, **options)
+                continue
+            shown = numbers_shown(pytorchvideo.subsample(taken, num_samples).permute(1, 0, 2, 3))
+            assert pytorchvideo_frames(45, **options).tolist() == shown, (clip, num_samples)
+    assert (empty > 0) == (decoder == "decord")
+
+
+def test_known_pytorchvideo_frames() -> None:
+    clip = ClipTimes(Fraction(1), Fraction(2))
+    assert pytorchvideo_frames(300, frames_per_second=30.0, clip=clip, num_samples=4).tolist() == [30, 39, 49, 59]
+    assert pytorchvideo_frames(33, frames_per_second=30.0, clip=clip, num_samples=5).tolist() == [30, 30, 31, 31, 32]
+    assert pytorchvideo_frames(300, frames_per_second=25.0, clip=clip, num_samples=2).tolist() == [25, 49]
+    with pytest.raises(ValueError, match=r"a clip with a frame in it, got 1.000 to 2.000 s of 30 frames"):
+        pytorchvideo_frames(30, frames_per_second=30.0, clip=clip, num_samples=2)
+
+
+def test_pytorchvideo_clips_say_what_is_wrong() -> None:
+    for duration in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="duration_seconds above 0 and finite"):
+            pytorchvideo_uniform(duration, clip_seconds=1.0)
+        with pytest.raises(ValueError, match="duration_seconds above 0 and finite"):
+            pytorchvideo_constant(duration, clip_seconds=1.0, num_clips=2)
+    with pytest.raises(ValueError, match="clip_seconds above 0"):
+        pytorchvideo_random(1.0, clip_seconds=0.0, fraction=0.5)
+    with pytest.raises(ValueError, match=r"fraction in \[0, 1\)"):
+        pytorchvideo_random(1.0, clip_seconds=0.5, fraction=1.0)
+    with pytest.raises(ValueError, match="num_clips of at least 1"):
+        pytorchvideo_constant(1.0, clip_seconds=0.5, num_clips=0)
+    for stride in (0.0, 1.5):
+        with pytest.raises(ValueError, match="0 < stride_seconds <= clip_seconds"):
+            pytorchvideo_uniform(3.0, clip_seconds=1.0, stride_seconds=stride)

@@ -1,5 +1,6 @@
 """The image encoder: a VisionTransformer by size, or any image model of timm by name; patch tokens out, no head."""
 
+import copy
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -9,6 +10,7 @@ import timm
 import torch
 from jaxtyping import Float
 from timm.layers.norm import LayerNorm
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -188,8 +190,11 @@ def _build_timm(config: TimmConfig) -> Any:
 
 
 def _no_tokens(config: ImageConfig) -> str:
-    name = config.name if isinstance(config, TimmConfig) else "This encoder"
-    return f"{name} gives neither patch tokens nor one feature map; expected a model such as a ViT or a CNN."
+    return f"{_name(config)} gives neither patch tokens nor one feature map; expected a model such as a ViT or a CNN."
+
+
+def _name(config: ImageConfig) -> str:
+    return config.name if isinstance(config, TimmConfig) else "This encoder"
 
 
 def _num_heads(model: Any, *, width: int) -> int:
@@ -238,3 +243,63 @@ def resize_encoder(encoder: ImageEncoder, *, image_size: int) -> None:
         return
     _resize(encoder.model, image_size=image_size)
     encoder.config = replace(encoder.config, image_size=image_size)
+
+
+@torch.no_grad()
+def fold_normalization(encoder: ImageEncoder) -> ImageEncoder:
+    """A frozen encoder that takes pixels as they are: floats 0 to 255 in place of (x / 255 - mean) / std.
+
+    Its patch embedding has weight' = weight / (255 std), bias' = bias - sum(weight mean / std) over the kernel, and a
+    bias where there was none; all other weights are shared with `encoder`, which stays as it is. Its `config` says so
+    with mean 0 and std 1/255, for which the normalisation changes nothing. It is for computing, not for saving: save
+    `encoder`.
+
+    What it saves is memory traffic. Under bf16 autocast a value read as uint8 moves 21 bytes until the convolution has
+    it (to fp32, scaled and shifted, to bf16), and 5 as `frames_u8.to(torch.bfloat16)`, which is exact: bf16 holds
+    every whole number up to 256. For 16 frames of 224 px these are 51 and 12 MB a clip.
+
+    Equal to normalising first up to rounding: tokens within 1e-5 in fp32. In bf16 the input is no longer rounded, but
+    the weights' rounding now weighs on pixels that are not centred: patch embeddings are off by 0.4 to 0.6% of their
+    norm in place of 0.3%, tokens by 0.5 to 0.7% in place of 0.3 to 0.4% (random weights, width 192, noise and smooth
+    images).
+
+    ValueError for an encoder that is not frozen (in training the scale of the weights would change their steps), and
+    for one without a plain patch embedding: zero padding stands for the mean before folding and for black after it.
+    """
+    if any(parameter.requires_grad for parameter in encoder.parameters()):
+        raise ValueError("Only a frozen encoder can be folded; call encoder.requires_grad_(False) first.")
+    _check_foldable(encoder)
+    # Copies modules, not tensors: an encoder of 1B parameters is not held twice.
+    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
+    folded = copy.deepcopy(encoder, shared)
+    projection = folded.model.patch_embed.proj
+    weight, config = projection.weight.double(), encoder.config
+    mean, std = (torch.tensor(x, dtype=torch.float64, device=weight.device) for x in (config.mean, config.std))
+    bias = 0.0 if projection.bias is None else projection.bias.double()
+    bias = bias - torch.einsum("oihw,i->o", weight, mean / std)
+    weight = weight / (255 * std).view(1, 3, 1, 1)
+    for name, value in (("weight", weight), ("bias", bias)):
+        parameter = nn.Parameter(value.to(projection.weight.dtype), requires_grad=False)
+        projection.register_parameter(name, parameter)
+    folded.config = replace(config, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+    return folded
+
+
+def _check_foldable(encoder: ImageEncoder) -> None:
+    """ValueError unless pixels reach the model through one unpadded convolution."""
+    patch_embed = getattr(encoder.model, "patch_embed", None)
+    projection = getattr(patch_embed, "proj", None)
+    if (
+        not isinstance(patch_embed, PatchEmbed)
+        or type(projection) is not nn.Conv2d
+        or projection.in_channels != len(encoder.config.mean)
+        or projection.groups != 1
+    ):
+        raise ValueError(
+            f"{_name(encoder.config)} has no plain patch embedding to fold the normalisation into; normalise."
+        )
+    if projection.padding not in ((0, 0), "valid") or patch_embed.dynamic_img_pad:
+        raise ValueError(
+            f"{_name(encoder.config)} pads its input with zeros, so that folding its normalisation would not be exact; "
+            "normalise."
+        )

@@ -1,5 +1,6 @@
 """Arguments of a verb: a config file with overrides, or plain options; both through tyro."""
 
+import difflib
 import runpy
 import shutil
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+
+from coca_video.data.recipe import RECIPE_FILE
 
 PACKAGE = Path(__file__).resolve().parents[1]
 Options = TypeVar("Options")
@@ -58,14 +61,16 @@ def find_file(name: str) -> Path:
     raise ValueError(f"There is no file {name}, neither here nor among those that come with coca_video.")
 
 
-def find_folder(name: Path) -> Path:
-    """The folder `name` in the working directory, else the copy that the package carries."""
+def find_recipe(name: Path) -> Path:
+    """The folder `name` with a recipe in the working directory, else the copy that the package carries."""
     for root in _roots():
-        if (root / name).is_dir():
+        if (root / name / RECIPE_FILE).is_file():
             return root / name
-    beside = sorted(path.name for root in _roots() for path in (root / name).parent.glob("*") if path.is_dir())
-    there = f"; beside it there are: {', '.join(dict.fromkeys(beside))}" if beside else ""
-    raise ValueError(f"There is no folder {name}, neither here nor among those that come with coca_video{there}.")
+    recipes = {path.parent.name for root in _roots() for path in root.glob(f"datasets/*/{RECIPE_FILE}")}
+    near = difflib.get_close_matches(name.name, sorted(recipes), n=1)
+    names = ", ".join(f"datasets/{recipe}" for recipe in sorted(recipes)) or "none"
+    hint = f"did you mean datasets/{near[0]}?" if near else f"the recipes there are: {names}."
+    raise ValueError(f"There is no recipe {name}, neither here nor among those that come with coca_video; {hint}")
 
 
 def _roots() -> tuple[Path, ...]:

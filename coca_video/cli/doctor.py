@@ -40,8 +40,9 @@ GIB = 2**30
 class DoctorOptions:
     """Says what works on this machine: versions, decoders, FFmpeg, GPU, disk; with FILE, what that video is."""
 
-    file: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
-    """A video file to describe: its streams, which decoders read it and why others do not, what is odd about it."""
+    file: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[FILE]")] = None
+    """A video file, or its URL, to describe: its streams, which decoders read it and why others do not, what is odd
+    about it."""
     json: bool = False
     """One JSON object instead of text."""
 
@@ -60,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
         decoders["proven"][name] is None for name in decoders["auto_order"]
     )
     if options.file is not None:
-        report["file"] = _file(options.file)
+        report["file"] = _file(options.file if "://" in options.file else Path(options.file))
         healthy = healthy and report["file"]["backends"]["auto"]["error"] is None
     if options.json:
         print(json.dumps(report, indent=2))
@@ -92,9 +93,9 @@ def _decoders() -> dict[str, Any]:
     proven = {name: prove(name) for name in BACKENDS}
     try:
         chosen, error = choose_backend("auto"), None
-    except ValueError as wrong:
-        chosen, error = "auto", str(wrong)
-    order = [name for name in BACKENDS if proven[name] is None] if chosen == "auto" else [chosen]
+        order = [name for name in BACKENDS if proven[name] is None] if chosen == "auto" else [chosen]
+    except ValueError as wrong:  # then nothing opens by auto, whatever works
+        order, error = [], str(wrong)
     return {"proven": proven, "environment": {ENVIRONMENT: named}, "environment_error": error, "auto_order": order}
 
 
@@ -137,29 +138,29 @@ def _memory_bytes() -> int | None:
         return None
 
 
-def _file(path: Path) -> dict[str, Any]:
+def _file(source: Path | str) -> dict[str, Any]:
     """facts: None with `error` for what is no video. backends: who reads it, by name, or the reason it gives."""
-    from coca_video.data.decode import BACKENDS, UnreadableVideo
+    from coca_video.data.decode import BACKENDS
     from coca_video.data.decode.describe import describe
 
+    if isinstance(source, Path) and source.is_dir():  # the decoders read files; what they say of a folder is no finding
+        error: str | None = f"{source}: a folder, whose images are read as the frames of one video"
+        return {"facts": None, "error": error, "backends": {"auto": _open(source, backend="auto")}}
     facts, error = None, None
     try:
-        if path.is_dir():
-            error = f"{path}: a folder, whose images are read as the frames of one video"
-        else:
-            facts = asdict(describe(path))
-    except UnreadableVideo as unreadable:
+        facts = asdict(describe(source))
+    except ValueError as unreadable:  # UnreadableVideo, or a URL of an unknown kind
         error = str(unreadable)
     names: tuple[Literal["auto", "torchcodec", "decord", "pyav"], ...] = ("auto", *BACKENDS)
-    return {"facts": facts, "error": error, "backends": {name: _open(path, backend=name) for name in names}}
+    return {"facts": facts, "error": error, "backends": {name: _open(source, backend=name) for name in names}}
 
 
-def _open(path: Path, *, backend: Literal["auto", "torchcodec", "decord", "pyav"]) -> dict[str, str | None]:
+def _open(source: Path | str, *, backend: Literal["auto", "torchcodec", "decord", "pyav"]) -> dict[str, str | None]:
     """Opened, and three frames really decoded."""
     from coca_video.data.decode import open_video
 
     try:
-        with open_video(path, backend=backend) as reader:
+        with open_video(source, backend=backend) as reader:
             reader.frames([0, reader.num_frames // 2, reader.num_frames - 1])
             return {"read_by": reader.backend, "error": None}
     except ValueError as error:  # UnreadableVideo is one too

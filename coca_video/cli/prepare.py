@@ -6,8 +6,9 @@ from pathlib import Path
 
 import tyro
 
-from coca_video.cli.arguments import find_folder, parse_options, say
+from coca_video.cli.arguments import find_recipe, parse_options, say
 from coca_video.data.prepare import JOURNAL_FILE, PrepareConfig, prepare
+from coca_video.data.recipe import load_recipe, recipe_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,17 +19,21 @@ class PrepareOptions(PrepareConfig):
     """
 
     recipe: tyro.conf.Positional[Path]
-    """Folder of the data set's recipe: datasets/kinetics, datasets/ucf101, ... (datasets/folder for your own clips)."""
+    """Folder of the data set's recipe: datasets/kinetics, datasets/ucf101, ... (datasets/folder for your own clips);
+    RECIPE --help tells its versions and which files --annotations takes."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Prepares, prints the summary. Status 1 when some of the files could not be read."""
+    """Prepares, prints the summary; `RECIPE --help` tells of the recipe first. Status 1 when a file is unreadable."""
+    if arguments and not arguments[0].startswith("-"):
+        named = load_recipe(find_recipe(Path(arguments[0])))  # a wrong name is told before options that are missing
+        if {"-h", "--help"} & set(arguments):
+            print("\n".join(recipe_lines(named)), end="\n\n", flush=True)
     options = parse_options(PrepareOptions, verb="prepare", arguments=arguments)
     from coca_video.data.prepare_report import summary_lines
-    from coca_video.data.recipe import load_recipe
     from coca_video.train.loop import progress_bar
 
-    folder = find_folder(options.recipe)
+    folder = find_recipe(options.recipe)
     recipe = load_recipe(folder)
     try:
         report = prepare(recipe, folder=folder, config=options, progress=progress_bar)

@@ -22,7 +22,8 @@ class TranscodeOptions:
     """
 
     source: tyro.conf.Positional[Path]
-    """A folder of videos, at any depth, or a manifest (CSV), of which a new one with the new paths is written too."""
+    """A folder of videos, at any depth; a manifest (CSV), of which a new one with the new paths is written too; or one
+    video."""
     out: Path
     """Folder for the new files; outside of the originals."""
     short_side: int = 256
@@ -49,25 +50,32 @@ def run(arguments: Sequence[str]) -> int:
     if not options.timeout_seconds > 0:
         raise ValueError(f"--timeout-seconds must be above 0; got {options.timeout_seconds:g}.")
     from coca_video.data.decode.write import TranscodeConfig
-    from coca_video.data.transcode import MANIFEST, plan_transcode, run_transcode
+    from coca_video.data.transcode import JOURNAL, MANIFEST, plan_transcode, run_transcode
     from coca_video.train.loop import progress_bar
 
     config = TranscodeConfig(short_side=options.short_side, gop=options.gop, crf=options.crf, preset=options.preset)
     plan = plan_transcode(options.source, out=options.out)
-    with progress_bar("transcoding", total=len(plan.jobs)) as bar:
+    try:
+        with progress_bar("transcoding", total=len(plan.jobs)) as bar:
 
-        def on_done(report: "TranscodeReport") -> None:
-            bar.set_postfix_str(_gigabytes(report), refresh=False)
-            bar.update()
+            def on_done(report: "TranscodeReport") -> None:
+                bar.set_postfix_str(_sizes(report), refresh=False)
+                bar.update()
 
-        report = run_transcode(
-            plan,
-            config=config,
-            num_workers=options.num_workers,
-            timeout_seconds=options.timeout_seconds,
-            on_done=on_done,
-        )
-    print(f"transcoded  {report.num_done:,} files: {_gigabytes(report)}")
+            report = run_transcode(
+                plan,
+                config=config,
+                num_workers=options.num_workers,
+                timeout_seconds=options.timeout_seconds,
+                on_done=on_done,
+            )
+    except KeyboardInterrupt as stopped:
+        if not (options.out / JOURNAL).is_file():
+            raise
+        raise KeyboardInterrupt(
+            f"Interrupted; what was transcoded is kept in {options.out}: the same command goes on from there."
+        ) from stopped
+    print(f"transcoded  {report.num_done:,} files: {_sizes(report)}")
     print(f"kept        {report.num_kept:,} files that were there")
     print(f"unreadable  {len(report.unreadable):,} files")
     if plan.manifest is not None:
@@ -82,5 +90,9 @@ def run(arguments: Sequence[str]) -> int:
     return 1 if report.unreadable else 0
 
 
-def _gigabytes(report: "TranscodeReport") -> str:
-    return f"{report.bytes_in / 1e9:.3f} GB in, {report.bytes_out / 1e9:.3f} GB out"
+def _sizes(report: "TranscodeReport") -> str:
+    return f"{_size(report.bytes_in)} in, {_size(report.bytes_out)} out"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.3f} MB"

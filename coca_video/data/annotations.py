@@ -21,6 +21,11 @@ from coca_video.data.recipe import Entry, Request
 
 LOGGER = logging.getLogger(__name__)
 NUM_LINES_LOOKED_AT = 100
+SPLIT_FOLDERS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 # UCF101's and HMDB51's own split files look like a peer's list ("clip.avi 1"), but their numbers are something else
 _OFFICIAL_SPLIT_FILES = re.compile(r"(train|test)list\d+\.txt|.+_test_split\d\.txt", re.IGNORECASE)
@@ -57,20 +62,30 @@ class ClassNames:
 
 @dataclass(frozen=True, kw_only=True)
 class PeerList:
-    """The clips of a peer's list, and how many of their numbers could be checked against a class folder."""
+    """The clips of a peer's list, and how many of its lines' numbers could be checked against a class folder.
+
+    `first_unchecked` says in words which line is the first without one; empty if all were checked.
+    """
 
     source: Path
     entries: list[Entry]
     num_checked: int
+    num_lines: int
+    first_unchecked: str
 
     @property
     def notice(self) -> str | None:
-        """A sentence for the user if the order of classes could not be checked; else None."""
-        if self.num_checked:
+        """A sentence for the user if the number of a line could not be checked; else None."""
+        if self.num_checked == self.num_lines:
             return None
+        if self.num_checked == 0:
+            what = "no path holds a class folder, so the order of classes could not be checked"
+        else:
+            num_left = self.num_lines - self.num_checked
+            what = f"{num_left:,} of {self.num_lines:,} lines could not be checked; first {self.first_unchecked}"
         return (
-            f"{self.source}: no path holds a class folder, so the order of classes could not be checked; the numbers "
-            "were taken as indices into the classes file (give the list's own label map by --classes to check it)."
+            f"{self.source}: {what}; the numbers were taken as indices into the classes file (give the list's own "
+            "label map by --classes to check it)."
         )
 
 
@@ -82,6 +97,11 @@ class _Line:
     path: PurePosixPath
     num_frames: int | None
     label: int
+
+    @property
+    def folder(self) -> str:
+        """The folder that the clip lies in, where class folders are; empty if it lies in none."""
+        return self.path.parent.name
 
 
 def path_keys(path: PurePosixPath) -> tuple[str, ...]:
@@ -115,13 +135,15 @@ def read_peer_list(path: Path, *, classes: Sequence[str], split: str) -> PeerLis
     carries its listed number of them as `listed_frames`. A line that is there twice is kept once and logged.
 
     Raises:
-        ValueError: a line of another form, a number that is no class index, a clip with two labels, or a class folder
-            whose number is another class's: then the order of classes differs, and the sentence says how and why.
+        ValueError: a line of another form, a number that is no class index, a clip with two labels, a folder that is
+            no class where those of most lines are, or a class folder whose number is another class's: then the order
+            of classes differs, and the sentence says how and why.
     """
     if not classes:
         raise ValueError(f"{path} numbers classes, and none are given; give the names in their order by --classes.")
     lines = list(_read_lines(path))
-    num_checked = _check_label_order(lines, classes=classes, path=path)
+    unchecked = _check_label_order(lines, classes=classes, path=path)
+    num_lines = len(lines)
     for line in lines:
         if not 0 <= line.label < len(classes):
             raise ValueError(
@@ -142,7 +164,13 @@ def read_peer_list(path: Path, *, classes: Sequence[str], split: str) -> PeerLis
         )
         for line, keys in zip(lines, all_keys, strict=True)
     ]
-    return PeerList(source=path, entries=entries, num_checked=num_checked)
+    return PeerList(
+        source=path,
+        entries=entries,
+        num_checked=num_lines - len(unchecked),
+        num_lines=num_lines,
+        first_unchecked=f"line {unchecked[0].number}, folder {unchecked[0].folder!r}" if unchecked else "",
+    )
 
 
 def _read_lines(path: Path) -> Iterator[_Line]:
@@ -197,37 +225,48 @@ def _without_repeats(lines: Sequence[_Line], *, path: Path) -> list[_Line]:
     return list(kept.values())
 
 
-def _check_label_order(lines: Sequence[_Line], *, classes: Sequence[str], path: Path) -> int:
-    """The number of lines whose class folder agrees with their number; a ValueError at the first that does not."""
+def _check_label_order(lines: Sequence[_Line], *, classes: Sequence[str], path: Path) -> list[_Line]:
+    """The lines that lie in no class folder; a ValueError at the first whose class folder has another number."""
     names = ClassNames(classes)
-    folders = [line.path.parent.name for line in lines]
-    found = {folder: names.find(folder) for folder in set(folders)}
-    in_folders = [
-        (line, name) for line, folder in zip(lines, folders, strict=True) if (name := found[folder]) is not None
-    ]
+    found = {folder: names.find(folder) for folder in {line.folder for line in lines}}
+    in_folders = [(line, name) for line in lines if (name := found[line.folder]) is not None]
+    unknown = [line for line in lines if found[line.folder] is None]
     wrong = [(line, name) for line, name in in_folders if names.index[name] != line.label]
     if not wrong:
-        return len(in_folders)
+        _check_spelling(unknown, num_known=len(in_folders), names=names, path=path)
+        return unknown
     line, name = wrong[0]
     there = repr(classes[line.label]) if 0 <= line.label < len(classes) else "no class"
     raise ValueError(
-        f"{path}, line {line.number}: the folder {line.path.parent.name!r} has the number {line.label}, which is "
+        f"{path}, line {line.number}: the folder {line.folder!r} has the number {line.label}, which is "
         f"{there} in the classes file, where {name!r} is {names.index[name]}; {len({name for _, name in wrong})} of "
         f"the {len(classes)} classes differ{_why_numbers_differ(in_folders, classes=classes)}; write the list anew "
         "with the numbers of the classes file."
     )
 
 
+def _check_spelling(unknown: Sequence[_Line], *, num_known: int, names: ClassNames, path: Path) -> None:
+    """Where the folders of most lines are classes, one that is none is misspelt, or of another version."""
+    strange = [line for line in unknown if line.folder]
+    if num_known > len(strange) > 0:
+        line = strange[0]
+        raise ValueError(
+            f"{path}, line {line.number}: the folder {line.folder!r} is not one of the {len(names.index)} classes, as "
+            f"those of {num_known:,} lines are ({len(strange):,} are not); the nearest is "
+            f"{names.nearest(line.folder)!r}; correct it in the list."
+        )
+
+
 def _why_numbers_differ(in_folders: Sequence[tuple[_Line, str]], *, classes: Sequence[str]) -> str:
     """', because ...' where the numbers are those of a well-known wrong order; else nothing."""
     stripped = sorted(classes, key=_torchvision_folder)
-    folders = sorted({line.path.parent.name for line, _ in in_folders})
+    folders = sorted({line.folder for line, _ in in_folders})
     by_name = {name: number for number, name in enumerate(stripped)}
     by_folder = {folder: number for number, folder in enumerate(folders)}
     official = {name: number for number, name in enumerate(classes)}
     if all(by_name[name] == line.label for line, name in in_folders):
         return ", because the list numbers sorted folder names as torchvision writes them"
-    if all(by_folder[line.path.parent.name] == line.label for line, _ in in_folders):
+    if all(by_folder[line.folder] == line.label for line, _ in in_folders):
         return ", because the list numbers its own sorted folder names"
     if all(official[name] + 1 == line.label for line, name in in_folders):
         return ", because the list counts from 1"
@@ -282,17 +321,20 @@ def _names_of_label_map(lines: Sequence[str], *, source: str) -> list[str]:
     return [row.strip('"') for row in rows]
 
 
-def read_class_folders(videos: Path, *, classes: Sequence[str]) -> list[Entry]:
+def read_class_folders(videos: Path, *, classes: Sequence[str], annotations_help: str = "") -> list[Entry]:
     """The clips of DIR/<class>/clip.mp4 or DIR/<split>/<class>/clip.mp4, sorted by path; the label is the folder's.
 
     Folders may be named in any way that `class_key` understands; with no `classes` their names are the labels. The
-    split is the upper folder's name, else empty. An entry's only key is its path relative to `videos`.
+    split is train, val or test, by the upper folder ("validation" is val), else empty. An entry's only key is its path
+    relative to `videos`. `annotations_help`: which lists could be given instead, for messages.
 
     Raises:
-        ValueError: no videos, another or a mixed layout, or a folder that is no class.
+        ValueError: no videos, another or a mixed layout, an upper folder that is no split, or a folder that is no
+            class.
     """
     paths = find_videos(videos).videos
-    _check_layout(paths, videos=videos)
+    lists = f"--annotations{f' ({annotations_help})' if annotations_help else ''}"
+    _check_layout(paths, videos=videos, lists=lists)
     names = ClassNames(classes)
     labels: dict[str, str] = {}
     for folder in dict.fromkeys(path.parts[-2] for path in paths):
@@ -300,7 +342,7 @@ def read_class_folders(videos: Path, *, classes: Sequence[str]) -> list[Entry]:
         if label is None:
             raise ValueError(
                 f"{videos}: the folder {folder!r} is not one of the {len(classes)} classes; the nearest is "
-                f"{names.nearest(folder)!r}; rename the folder, or give the lists of clips by --annotations."
+                f"{names.nearest(folder)!r}; rename the folder, or give the lists of clips by {lists}."
             )
         labels[folder] = label
     unique_stems = len({path.stem for path in paths}) == len(paths)
@@ -308,14 +350,14 @@ def read_class_folders(videos: Path, *, classes: Sequence[str]) -> list[Entry]:
         Entry(
             video_id=path.stem if unique_stems else path.as_posix(),
             label=labels[path.parts[-2]],
-            split=path.parts[0] if len(path.parts) == 3 else "",
+            split=SPLIT_FOLDERS[path.parts[0].lower()] if len(path.parts) == 3 else "",
             keys=(path.as_posix(),),
         )
         for path in paths
     ]
 
 
-def _check_layout(paths: Sequence[PurePosixPath], *, videos: Path) -> None:
+def _check_layout(paths: Sequence[PurePosixPath], *, videos: Path, lists: str) -> None:
     layout = "<class>/clip.mp4 or <split>/<class>/clip.mp4"
     if not paths:
         raise ValueError(f"{videos} holds no video files; expected {layout}.")
@@ -324,8 +366,13 @@ def _check_layout(paths: Sequence[PurePosixPath], *, videos: Path) -> None:
             other = f" and {path}" if path != paths[0] else ""
             raise ValueError(
                 f"{videos} must be laid out as {layout} throughout, got {paths[0]}{other}; for another layout give "
-                "the lists of clips by --annotations."
+                f"the lists of clips by {lists}."
             )
+    uppers = dict.fromkeys(path.parts[0] for path in paths if len(path.parts) == 3)
+    strange = [upper for upper in uppers if upper.lower() not in SPLIT_FOLDERS]
+    if strange:
+        remedy = f"give --videos {videos / strange[0]}" if len(uppers) == 1 else "rename it train, val or test"
+        raise ValueError(f"{videos}: the upper folder {strange[0]!r} is no split; {remedy}.")
 
 
 def find_annotation(request: Request, *, names: Sequence[str]) -> Path | None:

@@ -23,7 +23,7 @@ class VideoFiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Matches:
-    """The files of each clip by its video_id, sorted; why a clip has none where that is known; files of no clip."""
+    """The files of each clip by its video_id, best first; why a clip has none where that is known; files of no clip."""
 
     files: dict[str, tuple[PurePosixPath, ...]]
     causes: dict[str, str]
@@ -65,34 +65,50 @@ def _raise(error: OSError) -> None:
 
 
 def match_files(entries: Sequence[Entry], *, found: VideoFiles, file_keys: FileKeys) -> Matches:
-    """The files of each entry: those that bear its best key that any file bears; video files before folders of images.
+    """All files that bear a key of the entry, those of its best key first; folders of images where there is no video.
 
-    A key that several entries hold (a YouTube id with two clips) tells none of them, and no file is taken by it.
+    A file is of one clip alone, the one that its own best key names. A key that several entries hold (a YouTube id with
+    two clips) tells none of them, and no file is taken by it.
     """
     holders = Counter(key for entry in entries for key in dict.fromkeys(entry.keys))
-    videos = _by_key(found.videos, file_keys=file_keys)
-    image_folders = _by_key(found.image_folders, file_keys=file_keys)
-    files, causes = dict[str, tuple[PurePosixPath, ...]](), dict[str, str]()
-    for entry in entries:
-        usable = [key for key in entry.keys if holders[key] == 1]
-        here = _first(usable, by_key=videos) or _first(usable, by_key=image_folders)
-        if here:
-            files[entry.video_id] = here
-        elif not entry.keys:
-            causes[entry.video_id] = "its path in the list ends like another's: no name of a file would tell it"
-        elif unsure := _first([key for key in entry.keys if holders[key] > 1], by_key=videos):
-            causes[entry.video_id] = f"{unsure[0]} may be this clip or another of the list: its name does not tell"
+    owners = {
+        key: (entry.video_id, rank)
+        for entry in entries
+        for rank, key in enumerate(dict.fromkeys(entry.keys))
+        if holders[key] == 1
+    }
+    videos = _by_owner(found.videos, owners=owners, file_keys=file_keys)
+    image_folders = _by_owner(found.image_folders, owners=owners, file_keys=file_keys)
+    files = {
+        entry.video_id: here
+        for entry in entries
+        if (here := videos.get(entry.video_id) or image_folders.get(entry.video_id))
+    }
     taken = {path for paths in files.values() for path in paths}
-    return Matches(files=files, causes=causes, extra=tuple(path for path in found.videos if path not in taken))
+    extra = tuple(path for path in found.videos if path not in taken)
+    unsure = {key: path for path in reversed(extra) for key in file_keys(path) if holders[key] > 1}
+    causes = {
+        entry.video_id: cause
+        for entry in entries
+        if entry.video_id not in files and (cause := _why_missing(entry, unsure=unsure))
+    }
+    return Matches(files=files, causes=causes, extra=extra)
 
 
-def _by_key(paths: Sequence[PurePosixPath], *, file_keys: FileKeys) -> dict[str, list[PurePosixPath]]:
-    by_key = defaultdict[str, list[PurePosixPath]](list)
+def _by_owner(
+    paths: Sequence[PurePosixPath], *, owners: Mapping[str, tuple[str, int]], file_keys: FileKeys
+) -> dict[str, tuple[PurePosixPath, ...]]:
+    """The paths of each video_id, by the rank of the key that they bear, then in their own order."""
+    ranked = defaultdict[str, list[tuple[int, PurePosixPath]]](list)
     for path in paths:
-        for key in dict.fromkeys(file_keys(path)):
-            by_key[key].append(path)
-    return by_key
+        owner = next((owners[key] for key in file_keys(path) if key in owners), None)
+        if owner is not None:
+            ranked[owner[0]].append((owner[1], path))
+    return {video_id: tuple(path for _, path in sorted(found)) for video_id, found in ranked.items()}
 
 
-def _first(keys: Sequence[str], *, by_key: Mapping[str, list[PurePosixPath]]) -> tuple[PurePosixPath, ...]:
-    return next((tuple(by_key[key]) for key in keys if key in by_key), ())
+def _why_missing(entry: Entry, *, unsure: Mapping[str, PurePosixPath]) -> str:
+    if not entry.keys:
+        return "its path in the list ends like another's: no name of a file would tell it"
+    path = next((unsure[key] for key in entry.keys if key in unsure), None)
+    return "" if path is None else f"{path} may be this clip or another of the list: its name does not tell"

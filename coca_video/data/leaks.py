@@ -40,7 +40,7 @@ def read_other(path: Path) -> tuple[OtherClip, ...]:
     """A manifest of ours (column source_id, else video_id), or an official CSV of Kinetics (youtube_id).
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: neither of the two, no row, or a row without its id.
     """
     if not path.is_file():
         raise ValueError(f"There is no file {path} to compare with: expected a manifest or an official Kinetics CSV.")
@@ -63,12 +63,20 @@ def _read_kinetics(text: str, *, path: Path) -> list[OtherClip]:
     reader = csv.DictReader(io.StringIO(text), skipinitialspace=True, restval="")
     try:
         reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
-        rows = list(reader)
+        rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(f"{path} is not a CSV file: {error}.") from error
+    if not rows:
+        raise ValueError(f"{path} lists no clip to compare with: expected rows below its header, got none.")
+    nameless = [number for number, row in rows if not row["youtube_id"].strip()]
+    if nameless:
+        raise ValueError(
+            f"{path}, line {nameless[0]}: the youtube_id is empty (in {len(nameless)} of {len(rows)} rows); take the "
+            "list as it was published."
+        )
     return [
         OtherClip(video_id=_kinetics_id(row), source_id=row["youtube_id"], split=row.get("split", ""), path=None)
-        for row in rows
+        for _, row in rows
     ]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from coca_video.data.annotations import (
+    ClassNames,
     check_class_order,
     is_peer_list,
     path_keys,
@@ -66,11 +67,15 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The clips to look for, the classes in their order, and by which keys files are known."""
+    """The clips to look for, the classes in their order, and by which keys files are known.
+
+    `is_list` is False where the clips are the files themselves, in folders of classes: none of these can be missing.
+    """
 
     entries: tuple[Entry, ...]
     classes: tuple[str, ...]
     file_keys: FileKeys
+    is_list: bool = True
     notices: tuple[str, ...] = ()
 
 
@@ -88,6 +93,8 @@ def prepare(recipe: Recipe, *, folder: Path, config: PrepareConfig, progress: Pr
     videos = config.videos.absolute()
     found = find_videos(videos)
     matches = match_files(listing.entries, found=found, file_keys=listing.file_keys)
+    if listing.file_keys is path_keys:
+        matches = _without_other_classes(matches, listing=listing)
     if not matches.files:
         raise ValueError(_nothing_found(listing, found=found, videos=config.videos))
     checks = _scan(matches, videos=videos, config=config, progress=progress)
@@ -104,6 +111,7 @@ def prepare(recipe: Recipe, *, folder: Path, config: PrepareConfig, progress: Pr
         out=config.out,
         against=config.against,
         check=config.check,
+        is_list=listing.is_list,
         classes=listing.classes,
         official=recipe.versions[version].official,
         rows=(*rows, *(ScanRow(entry=None, status="extra", path=path.as_posix()) for path in matches.extra)),
@@ -116,11 +124,12 @@ def prepare(recipe: Recipe, *, folder: Path, config: PrepareConfig, progress: Pr
 
 
 def list_entries(recipe: Recipe, *, folder: Path, version: str, config: PrepareConfig) -> Listing:
-    """The clips of the annotations given, of the split asked for.
+    """The clips of the annotations given, of the split asked for; those without a source have the recipe's.
 
     Raises:
-        ValueError: an annotation file is wrong, or no clip has the split.
+        ValueError: an annotation file is missing or wrong, or no clip has the split.
     """
+    _check_annotations(recipe, config=config)
     official = recipe_classes(recipe, folder=folder, version=version)
     classes = official
     if config.classes is not None and official:
@@ -129,25 +138,61 @@ def list_entries(recipe: Recipe, *, folder: Path, version: str, config: PrepareC
         classes = read_classes(config.classes)
     peers = [is_peer_list(path) for path in config.annotations]
     if any(peers):
-        listing = _read_peer_lists(config, peers=peers, classes=classes)
+        listing = _read_peer_lists(recipe, config=config, peers=peers, classes=classes)
     elif config.annotations or not official:
         request = Request(annotations=config.annotations, videos=config.videos, version=version, classes=classes)
         entries = tuple(recipe.list_clips(request))
         classes = classes or _own_classes(entries, videos=config.videos)
-        listing = Listing(entries=entries, classes=classes, file_keys=recipe.file_keys)
+        is_list = bool(config.annotations)
+        listing = Listing(entries=entries, classes=classes, file_keys=recipe.file_keys, is_list=is_list)
     else:
-        entries = tuple(read_class_folders(config.videos, classes=classes))
-        listing = Listing(entries=entries, classes=classes, file_keys=path_keys)
+        listing = _read_class_folders(recipe, config=config, classes=classes)
     _check_ids(listing.entries)
+    listing = replace(listing, entries=tuple(_with_source(entry, recipe=recipe) for entry in listing.entries))
     return listing if config.split is None else _select(listing, split=config.split)
 
 
-def _read_peer_lists(config: PrepareConfig, *, peers: Sequence[bool], classes: tuple[str, ...]) -> Listing:
+def _check_annotations(recipe: Recipe, *, config: PrepareConfig) -> None:
+    missing = [path for path in config.annotations if not path.exists()]
+    if missing:
+        raise ValueError(f"There is no file {missing[0]}; {_annotations(recipe)}.")
+
+
+def _annotations(recipe: Recipe) -> str:
+    """For messages: what --annotations takes."""
+    return f"--annotations of {recipe.name} takes: {recipe.annotations_help.rstrip('.')}"
+
+
+def _with_source(entry: Entry, *, recipe: Recipe) -> Entry:
+    """Other projects' lists and folders give no source; the clip's path may tell it."""
+    if entry.source_id is not None:
+        return entry
+    return replace(entry, source_id=recipe.source_id(PurePosixPath(entry.keys[0] if entry.keys else entry.video_id)))
+
+
+def _read_class_folders(recipe: Recipe, *, config: PrepareConfig, classes: tuple[str, ...]) -> Listing:
+    lists = recipe.annotations_help.rstrip(".")
+    entries = tuple(read_class_folders(config.videos, classes=classes, annotations_help=lists))
+    if recipe.versions_are_splits and not all(entry.split for entry in entries):
+        raise ValueError(
+            f"{config.videos} does not tell which clips are of which official split of {recipe.name}: give its lists, "
+            f"or folders of splits above those of classes; {_annotations(recipe)}."
+        )
+    notice = (
+        f"{config.videos}: without --annotations the clips are those found in class folders, so missing ones cannot be "
+        "told."
+    )
+    return Listing(entries=entries, classes=classes, file_keys=path_keys, is_list=False, notices=(notice,))
+
+
+def _read_peer_lists(
+    recipe: Recipe, *, config: PrepareConfig, peers: Sequence[bool], classes: tuple[str, ...]
+) -> Listing:
     for path, is_peer in zip(config.annotations, peers, strict=True):
         if not is_peer:
             raise ValueError(
                 f"{path} is no list of lines 'path label', and {config.annotations[peers.index(True)]} is one; give "
-                "the data set's own files, or such lists alone."
+                f"such lists alone, or the data set's own files alone; {_annotations(recipe)}."
             )
     if config.split is None:
         raise ValueError(f"{config.annotations[0]} does not say of which split its clips are; name it with --split.")
@@ -158,7 +203,8 @@ def _read_peer_lists(config: PrepareConfig, *, peers: Sequence[bool], classes: t
         entries=tuple(entry for one in lists for entry in one.entries),
         classes=classes,
         file_keys=path_keys,
-        notices=tuple(one.notice for one in lists if one.notice is not None),
+        # a label map that was given has been checked itself
+        notices=tuple(one.notice for one in lists if one.notice is not None and config.classes is None),
     )
 
 
@@ -185,6 +231,18 @@ def _select(listing: Listing, *, split: str) -> Listing:
         there = ", ".join(repr(name) for name in sorted({entry.split for entry in named}))
         raise ValueError(f"No clip of the list has the split {split!r}; the splits there are: {there or 'none'}.")
     return replace(listing, entries=chosen)
+
+
+def _without_other_classes(matches: Matches, *, listing: Listing) -> Matches:
+    """Of further files those fall out that lie in another class's folder: run/1.mp4 is no second jump/1.mp4."""
+    names = ClassNames(listing.classes)
+    labels = {entry.video_id: entry.label for entry in listing.entries}
+    files, extra = dict[str, tuple[PurePosixPath, ...]](), set(matches.extra)
+    for video_id, (first, *others) in matches.files.items():
+        strange = {path for path in others if names.find(path.parent.name) not in (None, labels[video_id])}
+        files[video_id] = (first, *(path for path in others if path not in strange))
+        extra |= strange
+    return replace(matches, files=files, extra=tuple(sorted(extra)))
 
 
 def _nothing_found(listing: Listing, *, found: VideoFiles, videos: Path) -> str:

@@ -65,6 +65,7 @@ def _cell(value: int | float | str | None) -> str:
 class PrepareReport:
     """Everything that was found. `official` holds the official number of clips of the splits that are listed.
 
+    `is_list` is False where no list was read and the clips are the files found in class folders.
     `leaks` is None if nothing was compared. `notices` are sentences for the user.
     """
 
@@ -73,6 +74,7 @@ class PrepareReport:
     out: Path
     against: Path | None
     check: str
+    is_list: bool
     classes: tuple[str, ...]
     official: dict[str, int]
     rows: tuple[ScanRow, ...]
@@ -94,14 +96,14 @@ class PrepareReport:
         return sum(row.check is not None and row.check.status == "corrupt" for row in self.rows)
 
     def summary(self) -> dict[str, Any]:
-        """All counts, for summary.json."""
+        """All counts, for summary.json; "listed" is None where there was no list."""
         listed = [row for row in self.rows if row.entry is not None and row.status != "duplicate_id"]
         found = [row for row in listed if row.status != "missing"]
         in_manifest = Counter(row.split or "" for row in self.manifest_rows)
         by_split = {
             split: {
                 "official": self.official.get(split),
-                "listed": count,
+                "listed": count if self.is_list else None,
                 "found": _splits(found)[split],
                 "in_manifest": in_manifest[split],
             }
@@ -113,7 +115,7 @@ class PrepareReport:
             "videos": str(self.videos),
             "check": self.check,
             "splits": by_split,
-            "listed": len(listed),
+            "listed": len(listed) if self.is_list else None,
             "found": len(found),
             "in_manifest": len(self.manifest_rows),
             **{status: counts[status] for status in ("ok", "short", "corrupt", "missing", "duplicate_id", "extra")},
@@ -176,11 +178,15 @@ def manifest_row(row: ScanRow, *, videos: Path) -> VideoRow:
 def summary_lines(report: PrepareReport) -> list[str]:
     """The summary for a person: what was found of what is listed, and each fault with its count and first names."""
     counts = report.summary()
-    lines = [f"{report.name}: {counts['found']:,} of {counts['listed']:,} listed clips found"]
+    listed = f"of {counts['listed']:,} listed clips" if report.is_list else "files"
+    lines = [f"{report.name}: {counts['found']:,} {listed} found"]
     for split, one in counts["splits"].items():
         official = "" if one["official"] is None else f" of {one['official']:,} official"
-        here = f"{one['found']:,} found, {one['in_manifest']:,} in the manifest"
-        lines.append(f"  {split or 'no split'}: {one['listed']:,} listed{official}, {here}")
+        if report.is_list:
+            here = f"{one['listed']:,} listed{official}, {one['found']:,} found"
+        else:
+            here = f"{one['found']:,} found{official}"
+        lines.append(f"  {split or 'no split'}: {here}, {one['in_manifest']:,} in the manifest")
     lines += _fault_lines("missing", [_told(row) for row in report.of("missing")])
     lines += _fault_lines("corrupt", [_told(row) for row in report.of("corrupt")])
     lines += _fault_lines("too short", [_told(row) for row in report.of("short")])

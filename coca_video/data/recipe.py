@@ -52,12 +52,19 @@ class Request:
     classes: tuple[str, ...]
 
 
+def no_source(path: PurePosixPath) -> str | None:
+    """For data sets whose names do not tell which clips share a source."""
+    return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """What is particular to one data set. The first of `versions` is the default; its keys are what --version takes.
 
     `list_clips` reads the data set's own annotation files. `file_keys` takes a path relative to --videos and gives the
     keys that `Entry.keys` may hold, best first. `annotations_help` is one sentence: which files --annotations takes.
+    `source_id` reads a clip's source from its path, for lists that do not give it; None where the name does not tell.
+    `versions_are_splits`: the versions are official splits of the same clips, so that no folder of classes tells them.
     """
 
     name: str
@@ -65,6 +72,8 @@ class Recipe:
     list_clips: Callable[[Request], list[Entry]]
     file_keys: Callable[[PurePosixPath], tuple[str, ...]]
     annotations_help: str
+    source_id: Callable[[PurePosixPath], str | None] = no_source
+    versions_are_splits: bool = False
 
 
 def load_recipe(folder: Path) -> Recipe:
@@ -98,3 +107,12 @@ def recipe_classes(recipe: Recipe, *, folder: Path, version: str) -> tuple[str, 
         raise ValueError(f"{recipe.name} has no version {version!r}; the versions there are: {names}.")
     name = recipe.versions[version].classes
     return read_classes(folder / name) if name else ()
+
+
+def recipe_lines(recipe: Recipe) -> list[str]:
+    """What a person must know to give the options: versions with their official counts, what --annotations takes."""
+    lines = [f"{recipe.name}: --version (the first is the default) and official clips"]
+    for name, version in recipe.versions.items():
+        counts = ", ".join(f"{count:,} {split}" for split, count in version.official.items())
+        lines.append(f"  {name:<6}{counts or 'no official count'}")
+    return [*lines, f"--annotations: {recipe.annotations_help}"]

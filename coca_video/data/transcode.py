@@ -32,12 +32,16 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class TranscodePlan:
-    """What is to be done; nothing is written yet. `base` is what source paths are relative to in the journal."""
+    """What is to be done; nothing is written yet. `base` is what source paths are relative to in the journal.
+
+    `classes` is the classes.txt of a folder, to be copied.
+    """
 
     base: Path
     out: Path
     jobs: tuple[Job, ...]
     manifest: Manifest | None
+    classes: Path | None = None
 
 
 @dataclass(kw_only=True)
@@ -55,16 +59,23 @@ class TranscodeReport:
 def plan_transcode(source: Path, *, out: Path) -> TranscodePlan:
     """Finds the videos of a folder (any depth) or of a manifest, and their places below `out`: same layout, .mp4.
 
+    One video alone becomes a file in `out`, which may then lie beside it.
+
     Raises:
         ValueError: there are no videos; two would get one name; `out` would put files among the originals, or over
             files that this command did not write.
     """
+    base, manifest, classes = source.absolute(), None, None
     if source.is_dir():
-        base, manifest = source.absolute(), None
         paths = [base / path for path in find_videos(source).videos]
         if not paths:
             raise ValueError(f"{source} holds no video files; expected {', '.join(sorted(VIDEO_SUFFIXES))}.")
         originals = {base}
+        classes = base / CLASSES_FILE if (base / CLASSES_FILE).is_file() else None
+    elif not source.is_file():
+        raise ValueError(f"There is no folder or manifest {source}, and no video of that name.")
+    elif source.suffix.lower() in VIDEO_SUFFIXES:
+        paths, originals, base = [base], set[Path](), base.parent
     else:
         manifest = read_manifest(source)
         paths = _files_of(manifest)
@@ -81,7 +92,7 @@ def plan_transcode(source: Path, *, out: Path) -> TranscodePlan:
             raise ValueError(f"--out {out} lies inside {inside}, among the originals; choose a folder elsewhere.")
     jobs = [Job(source=path, target=(out / path.relative_to(base)).with_suffix(".mp4")) for path in paths]
     _check_targets(jobs, out=out)
-    return TranscodePlan(base=base, out=out, jobs=tuple(jobs), manifest=manifest)
+    return TranscodePlan(base=base, out=out, jobs=tuple(jobs), manifest=manifest, classes=classes)
 
 
 def run_transcode(
@@ -249,9 +260,8 @@ def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
 def _write_lists(plan: TranscodePlan, *, report: TranscodeReport) -> None:
     """manifest.csv with the new paths and classes.txt; of a folder, its classes.txt if it has one."""
     if plan.manifest is None:
-        classes = plan.base / CLASSES_FILE
-        if classes.is_file():
-            shutil.copyfile(classes, plan.out / CLASSES_FILE)
+        if plan.classes is not None:
+            shutil.copyfile(plan.classes, plan.out / CLASSES_FILE)
         return
     targets = {job.source: job.target for job in plan.jobs if job.source not in report.unreadable}
     rows = [

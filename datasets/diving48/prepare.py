@@ -50,16 +50,20 @@ def file_keys(path: PurePosixPath) -> tuple[str, ...]:
     return (path_keys(path)[-1],)
 
 
+def source_id(path: PurePosixPath) -> str | None:
+    """The long video: dives are cut from such, and a name is a YouTube id, then a number."""
+    video, cut, _ = path_keys(path)[-1].rpartition("_")
+    return video if cut and video else None
+
+
 def _entry(item: Mapping[str, Any], *, split: str, classes: Sequence[str], where: str) -> Entry:
     name, label = str(item["vid_name"]), item["label"]
     if type(label) is not int or not 0 <= label < len(classes):
         raise ValueError(
             f"{where}: the label of {name} must be a whole number from 0 to {len(classes) - 1}, got {label!r}."
         )
-    video, cut, _ = name.rpartition("_")  # dives are cut from long videos: a YouTube id, then a number
-    return Entry(
-        video_id=name, label=classes[label], split=split, keys=(name,), source_id=video if cut and video else None
-    )
+    source = source_id(PurePosixPath(name))
+    return Entry(video_id=name, label=classes[label], split=split, keys=(name,), source_id=source)
 
 
 def _read_list(path: Path) -> list[dict[str, Any]]:
@@ -92,4 +96,5 @@ recipe = Recipe(
     list_clips=list_clips,
     file_keys=file_keys,
     annotations_help=HELP,
+    source_id=source_id,
 )

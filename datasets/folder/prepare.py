@@ -7,7 +7,8 @@ from coca_video.data.manifest import CLASSES_FILE, read_classes
 from coca_video.data.recipe import Entry, Recipe, Request, Version
 
 HELP = (
-    "Takes none: the folders below --videos are the classes, as DIR/<class>/clip.mp4 or DIR/<split>/<class>/clip.mp4."
+    "None for class folders, DIR/<class>/clip.mp4 or DIR/<split>/<class>/clip.mp4; else lists of lines 'path label', "
+    "with --classes and --split."
 )
 
 
@@ -17,12 +18,13 @@ def list_clips(request: Request) -> list[Entry]:
     Labels are folder names; where classes were given, or stand in a classes.txt there, the classes that folders mean.
 
     Raises:
-        ValueError: --annotations was given, there are no clips, the layout is mixed, or classes.txt lacks a folder.
+        ValueError: --annotations is no list of lines "path label" (such a list is read without this function), there
+            are no clips, the layout is mixed, or classes.txt lacks a folder.
     """
     if request.annotations:
         raise ValueError(
-            f"The recipe 'folder' reads classes from folder names and takes no --annotations, got "
-            f"{request.annotations[0]}; leave it out, or take the recipe of the data set that the file belongs to."
+            f"{request.annotations[0]} is no list of lines 'path label', as the recipe 'folder' takes it with "
+            "--classes and --split; leave it out where class folders are the list, or take the recipe of its data set."
         )
     own = request.videos / CLASSES_FILE
     classes = request.classes or (read_classes(own) if own.is_file() else ())

@@ -1,14 +1,19 @@
 """The recipe of HMDB51: 51 files a split, each line a clip and 0, 1 or 2, to entries. See README.md here."""
 
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from coca_video.data.annotations import path_keys, read_text
+from coca_video.data.manifest import CLASSES_FILE, read_classes
 from coca_video.data.recipe import Entry, Recipe, Request, Version
 
+# film or web video, class, then visible body parts, camera motion, people, view, quality and a number
+NAME = re.compile(r"(?P<source_and_class>.+)_[a-z]_(?:cm|nm)_np\d+_[a-z]{2}_(?:bad|med|goo)_\d+")
+CLASSES = read_classes(Path(__file__).parent / CLASSES_FILE)
 LOGGER = logging.getLogger("coca_video.datasets.hmdb51")
 SPLITS = {"0": None, "1": "train", "2": "test"}  # 0: the clip is not used in this split
 HELP = (
@@ -43,16 +48,27 @@ def file_keys(path: PurePosixPath) -> tuple[str, ...]:
     return _key(f"{path.parent.name}/{name}"), _key(name)
 
 
+def source_id(path: PurePosixPath) -> str | None:
+    """The film or web video: what stands before the class, which is the folder's, else the longest that fits."""
+    match = NAME.fullmatch(path_keys(path)[-1])
+    if match is None:
+        return None
+    head = unicodedata.normalize("NFC", match["source_and_class"])
+    fitting = [label for label in CLASSES if head.endswith(f"_{label}")]
+    label = path.parent.name if path.parent.name in fitting else max(fitting, key=len, default=None)
+    return None if label is None else head.removesuffix(f"_{label}")
+
+
 def _entry(name: str, *, label: str, split: str, alone: bool) -> Entry:
     """A name that stands in two classes is known by its class folder only, and has it in its id."""
     in_class = f"{label}/{name}"
-    source, found, _ = name.rpartition(f"_{label}_")
+    source = unicodedata.normalize("NFC", name).rpartition(f"_{label}_")[0]
     return Entry(
         video_id=name if alone else in_class,
         label=label,
         split=split,
         keys=(_key(in_class), _key(name)) if alone else (_key(in_class),),
-        source_id=source if found and source else None,
+        source_id=source or source_id(PurePosixPath(in_class)),
     )
 
 
@@ -97,4 +113,6 @@ recipe = Recipe(
     list_clips=list_clips,
     file_keys=file_keys,
     annotations_help=HELP,
+    source_id=source_id,
+    versions_are_splits=True,
 )

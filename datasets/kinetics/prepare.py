@@ -78,6 +78,12 @@ def file_keys(path: PurePosixPath) -> tuple[str, ...]:
     return (titled["id"] or titled["bracketed"],) if titled else ()
 
 
+def source_id(path: PurePosixPath) -> str | None:
+    """The video's id at YouTube, which each of the keys begins with."""
+    keys = file_keys(path)
+    return keys[0][:11] if keys else None
+
+
 def _clip_id(youtube_id: str, *, start: int, end: int) -> str:
     return f"{youtube_id}_{start:06d}_{end:06d}"
 
@@ -195,5 +201,6 @@ recipe = Recipe(
     },
     list_clips=list_clips,
     file_keys=file_keys,
-    annotations_help="the official CSVs (train.csv, val.csv or validate.csv, test.csv), or a folder that holds them.",
+    annotations_help="The official CSVs (train.csv, val.csv or validate.csv, test.csv), or a folder that holds them.",
+    source_id=source_id,
 )

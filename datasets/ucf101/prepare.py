@@ -48,6 +48,12 @@ def file_keys(path: PurePosixPath) -> tuple[str, ...]:
     return (path_keys(path)[-1].lower(),)
 
 
+def source_id(path: PurePosixPath) -> str | None:
+    """The group, one actor in one place: v_ApplyEyeMakeup_g08; spelled as the lists do, whatever a copy made of it."""
+    match = re.match(r"v_\w+_g\d+(?=_c\d+)", path.name)
+    return match[0].replace("v_HandstandPushups_", "v_HandStandPushups_") if match else None
+
+
 def _read_list(path: Path, *, split: str, classes: Sequence[str]) -> Iterator[Entry]:
     for number, line in _lines(path):
         where = f"{path}, line {number}"
@@ -59,7 +65,7 @@ def _read_list(path: Path, *, split: str, classes: Sequence[str]) -> Iterator[En
             raise ValueError(f"{where}: the folder {label!r} is none of the {len(classes)} classes of UCF101.")
         if match["number"] is not None:
             _check_number(int(match["number"]), label=label, classes=classes, where=where)
-        group = name.rpartition("_c")[0]
+        group = source_id(PurePosixPath(name))
         yield Entry(video_id=name, label=label, split=split, keys=(name.lower(),), source_id=group)
 
 
@@ -112,4 +118,6 @@ recipe = Recipe(
     list_clips=list_clips,
     file_keys=file_keys,
     annotations_help=HELP,
+    source_id=source_id,
+    versions_are_splits=True,
 )

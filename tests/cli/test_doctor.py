@@ -6,6 +6,7 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from PIL import Image
@@ -148,7 +149,7 @@ def test_the_environment_is_told(capsys: pytest.CaptureFixture[str], monkeypatch
     monkeypatch.setenv(ENVIRONMENT, "ffmpeg")
     assert run([]) == 1  # nothing that opens a video by auto works then
     printed = capsys.readouterr()
-    assert f"{ENVIRONMENT} is ffmpeg" in printed.out
+    assert f"{ENVIRONMENT} is ffmpeg; auto tries nothing\n" in printed.out
     assert f"{ENVIRONMENT} is 'ffmpeg'; expected one of" in printed.err
 
 
@@ -185,8 +186,21 @@ def test_a_folder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
     assert run([str(tmp_path), "--json"]) == 0
     file = json.loads(capsys.readouterr().out)["file"]
-    assert (file["facts"], file["backends"]["auto"]) == (None, {"read_by": "images", "error": None})
+    assert (file["facts"], file["backends"]) == (None, {"auto": {"read_by": "images", "error": None}})
     assert file["error"] == f"{tmp_path}: a folder, whose images are read as the frames of one video"
+
+
+def test_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = "memory://doctor/clip.mp4"
+    with fsspec.open(url, "wb") as file:
+        file.write(encode(tmp_path / "clip.mp4", num_frames=12).read_bytes())
+    assert run([url, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["file"]
+    assert (found["facts"]["name"], found["facts"]["num_frames"]) == (url, 12)
+    assert found["backends"]["pyav"] == {"read_by": "pyav", "error": None}
+    assert run(["nothing://clip.mp4", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)["file"]
+    assert found["facts"] is None and found["error"].startswith("nothing://clip.mp4: fsspec knows no such kind of path")
 
 
 @pytest.mark.parametrize("name", ["text.mp4", "missing.mp4"])

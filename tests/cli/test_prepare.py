@@ -23,6 +23,7 @@ LAYOUTS = {
     "as torchvision writes them": "val/using_segway/{id}.mp4",
     "as MMAction2 does": "using_segway/{youtube_id}.mp4",
 }
+PROJECT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-c", "import sys; from coca_video.cli.prepare import run; sys.exit(run(sys.argv[1:]))")
 
 
@@ -88,7 +89,7 @@ def test_bad_files_give_status_1_and_are_named(own_clips: Path, capfd: pytest.Ca
     _only_sound(own_clips / "right" / "clip9.mp4")
     assert run(options(own_clips, "--num-workers", "2")) == 1
     out, err = capfd.readouterr()
-    assert "own clips: 10 of 10 listed clips found\n  no split: 10 listed, 10 found, 6 in the manifest\n" in out
+    assert "own clips: 10 files found\n  no split: 10 found, 6 in the manifest\n" in out
     assert "corrupt: 4: clip0 (" in out and "clip1 (the file is empty (0 bytes))" in out
     assert "checking files: 100%" in err and "10/10" in err
     manifest = read_manifest(own_clips.parent / "out" / "manifest.csv")
@@ -125,7 +126,7 @@ def test_interrupted_in_the_middle_the_same_command_goes_on(own_clips: Path) -> 
     assert f"KeyboardInterrupt: Interrupted; what was checked is kept in {journal}: the same command goes on" in err
     assert "SpawnProcess" not in err  # no traceback of any worker
     again = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=300)
-    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "own clips: 129 of 129 listed clips found")
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "own clips: 129 files found")
     assert f"{done}/129" in again.stderr  # the bar starts at what was done
     checks = [line for line in map(json.loads, journal.read_text().splitlines()) if "status" in line]
     assert len(checks) == len({line["path"] for line in checks}) == 129
@@ -163,9 +164,39 @@ def test_options_reach_what_prepares(own_clips: Path, monkeypatch: pytest.Monkey
     ]  # fmt: skip
 
 
-def test_a_recipe_that_is_not_there_is_a_sentence_with_those_that_are(own_clips: Path) -> None:
-    with pytest.raises(ValueError, match=r"no folder datasets/kinetiks.*there are: .*folder, .*kinetics.*ucf101"):
-        run(["datasets/kinetiks", "--videos", str(own_clips), "--out", str(own_clips.parent)])
+@pytest.mark.parametrize("name", ["kinetics", "datasets/kinetiks", "./kinetics/"])
+def test_a_recipe_that_is_not_there_is_a_sentence_with_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match=r"no recipe \S*kineti.s, .* did you mean datasets/kinetics\?$"):
+        run([name])
+
+
+def test_only_folders_with_a_recipe_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "datasets" / "zzz").mkdir(parents=True)
+    (tmp_path / "datasets" / "kinetics").mkdir()  # of the videos themselves: the recipe is the one that is shipped
+    shipped = sorted(path.parent.name for path in (PROJECT / "datasets").glob("*/prepare.py"))
+    names = ", ".join(f"datasets/{name}" for name in shipped)
+    with pytest.raises(ValueError, match=f"; the recipes there are: {names}\\.$"):
+        run(["zzzz", "--videos", "v", "--out", "o"])
+    with pytest.raises(ValueError, match="There is no folder v;"):
+        run(["datasets/kinetics", "--videos", "v", "--out", "o"])
+
+
+def test_help_of_a_recipe_tells_of_it_and_imports_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    program = "import sys; from coca_video.cli.prepare import run\ntry: run(sys.argv[1:])\nfinally: print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "datasets/ucf101", "--help"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith(
+        "UCF101: --version (the first is the default) and official clips\n"
+        "  1     9,537 train, 3,783 test\n"
+        "  2     9,586 train, 3,734 test\n"
+        "  3     9,624 train, 3,696 test\n"
+        "--annotations: The folder ucfTrainTestlist, "
+    )
+    assert "--annotations [PATH" in done.stdout
+    modules = done.stdout.splitlines()[-1].split()
+    assert "coca_video.data.recipe" in modules and not {"torch", "av", "decord", "torchcodec"} & set(modules)
 
 
 def test_a_wrong_option_is_a_sentence_and_status_2(own_clips: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from coca_video.cli.transcode import run
+from coca_video.cli.transcode import _sizes, run
 from coca_video.data.decode import open_video
-from coca_video.data.transcode import JOURNAL
+from coca_video.data.transcode import JOURNAL, TranscodeReport
 from tests.data.numbered_videos import encode, numbers_shown
 
 PROGRAM = "import sys; from coca_video.cli.transcode import run; sys.exit(run(sys.argv[1:]))"
@@ -42,7 +43,7 @@ def test_a_folder_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture
     num_in = sum(path.stat().st_size for path in sources)
     num_out = sum(path.stat().st_size for path in out.rglob("*.mp4"))
     assert printed.out.splitlines() == [
-        f"transcoded  4 files: {num_in / 1e9:.3f} GB in, {num_out / 1e9:.3f} GB out",
+        f"transcoded  4 files: {num_in / 1e6:.3f} MB in, {num_out / 1e6:.3f} MB out",
         "kept        0 files that were there",
         "unreadable  1 files",
     ]
@@ -117,8 +118,28 @@ def test_a_wrong_option_is_a_sentence(tmp_path: Path, options: list[str], messag
 
 
 def test_a_source_that_is_not_there_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no manifest .*nothing"):
+    with pytest.raises(ValueError, match=r"There is no folder or manifest .*nothing, and no video of that name\."):
         run([str(tmp_path / "nothing"), "--out", str(tmp_path / "small")])
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "told"),
+    [(0, "0.000 MB"), (1_234_567, "1.235 MB"), (999_999_000, "999.999 MB"), (1_000_000_000, "1.000 GB")],
+)
+def test_megabytes_below_a_gigabyte(num_bytes: int, told: str) -> None:
+    assert _sizes(TranscodeReport(bytes_in=num_bytes, bytes_out=0)) == f"{told} in, 0.000 MB out"
+
+
+def test_a_stop_says_that_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: object, items: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("coca_video.data.transcode.parallel", stopped)
+    (tmp_path / "videos").mkdir()
+    encode(tmp_path / "videos" / "one.mp4", num_frames=1)
+    told = re.escape(f"Interrupted; what was transcoded is kept in {tmp_path / 'small'}: the same command goes on")
+    with pytest.raises(KeyboardInterrupt, match=told):
+        run([str(tmp_path / "videos"), "--out", str(tmp_path / "small")])
 
 
 @pytest.mark.parametrize("readable", [True, False])

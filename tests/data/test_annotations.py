@@ -235,7 +235,28 @@ def test_an_order_that_cannot_be_checked_is_said(tmp_path: Path) -> None:
     assert flat.num_checked == 0
     assert flat.notice is not None and "the order of classes could not be checked" in flat.notice
     part = read_peer_list(write(tmp_path / "l.txt", "videos/a.mp4 3\njumping/b.mp4 0\n"), classes=CLASSES, split="val")
-    assert part.num_checked == 1 and part.notice is None
+    assert (part.num_checked, part.num_lines) == (1, 2)
+    assert (
+        part.notice is not None and "1 of 2 lines could not be checked; first line 1, folder 'videos';" in part.notice
+    )
+
+
+def test_a_folder_that_is_no_class_among_those_that_are_is_refused(tmp_path: Path) -> None:
+    """Half of the lines: the level may be no level of classes; more than half: one of them is misspelt."""
+    text = "riding a bkie/a.mp4 1\njumping/b.mp4 0\n"
+    half = read_peer_list(write(tmp_path / "l.txt", text), classes=CLASSES, split="val")
+    assert half.notice is not None and "1 of 2 lines could not be checked; first line 1, folder 'riding a bkie';" in (
+        half.notice
+    )
+    with pytest.raises(
+        ValueError, match=r"line 1: the folder 'riding a bkie' is not one of the 4 classes, .* 2 lines"
+    ) as e:
+        read_peer_list(write(tmp_path / "l.txt", f"{text}jumping/c.mp4 0\n"), classes=CLASSES, split="val")
+    assert "(1 are not); the nearest is 'riding a bike'" in str(e.value)
+    flat = read_peer_list(
+        write(tmp_path / "l.txt", "jumping/a.mp4 0\njumping/b.mp4 0\nc.mp4 1\n"), classes=CLASSES, split="val"
+    )
+    assert flat.notice is not None and "1 of 3 lines could not be checked; first line 3, folder '';" in flat.notice
 
 
 @pytest.mark.parametrize(
@@ -306,6 +327,15 @@ def test_class_folders_below_splits_and_names_that_repeat(tmp_path: Path) -> Non
     assert labels == ["jumping", "Riding A Bike", "jumping"]
 
 
+def test_split_folders_by_their_usual_names(tmp_path: Path) -> None:
+    names = {
+        "train": "train", "training": "train", "Train": "train", "val": "val", "valid": "val", "validate": "val",
+        "validation": "val", "test": "test", "testing": "test",
+    }  # fmt: skip
+    folder = lay_out(tmp_path, *(f"{name}/jumping/{name}.mp4" for name in names))
+    assert {e.video_id: e.split for e in read_class_folders(folder, classes=CLASSES)} == names
+
+
 @pytest.mark.parametrize(
     ("paths", "sentence"),
     [
@@ -313,6 +343,8 @@ def test_class_folders_below_splits_and_names_that_repeat(tmp_path: Path) -> Non
         (["1.mp4"], "must be laid out as <class>/clip.mp4 .*, got 1.mp4;"),
         (["jumping/1.mp4", "val/jumping/2.mp4"], "throughout, got jumping/1.mp4 and val/jumping/2.mp4"),
         (["jumping/1.txt"], "holds no video files"),
+        (["UCF-101/jumping/1.mp4"], r"upper folder 'UCF-101' is no split; give --videos \S+/UCF-101\.$"),
+        (["val/jumping/1.mp4", "more/jumping/2.mp4"], "upper folder 'more' is no split; rename it train, val or test"),
     ],
 )
 def test_faults_of_class_folders_are_sentences(tmp_path: Path, paths: list[str], sentence: str) -> None:

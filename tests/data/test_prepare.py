@@ -211,6 +211,37 @@ def test_of_several_files_the_first_that_reads_is_taken(world: World) -> None:
     assert report.summary()["duplicate_id"] == 2
 
 
+def test_files_of_one_clip_by_several_keys_are_all_candidates_the_best_key_first(world: World) -> None:
+    """As Kinetics' ID_START_END.mp4 and ID.mp4: the first by its times, unless it cannot be read."""
+    world.entries = [an_entry("id_0_10", keys=("id_0_10", "id"))]
+    world.put("x/id_0_10.mp4", "a")
+    world.put("id.mp4", "b")
+    report = world.prepare()
+    assert [(row["path"], row["status"], row["cause"]) for row in world.table()] == [
+        ("x/id_0_10.mp4", "ok", ""),
+        ("id.mp4", "duplicate_id", "x/id_0_10.mp4 was taken"),
+    ]
+    assert not [line for line in summary_lines(report) if line.startswith("file of no clip")]
+    (world.videos / "x/id_0_10.mp4").write_bytes(b"")
+    report = world.prepare()
+    assert [(row["path"], row["status"], row["cause"]) for row in world.table()] == [
+        ("id.mp4", "ok", ""),
+        ("x/id_0_10.mp4", "duplicate_id", "the file is empty (0 bytes)"),
+    ]
+    assert [row.path for row in report.manifest_rows] == [world.videos / "id.mp4"] and report.num_unreadable() == 1
+
+
+def test_a_file_in_another_class_is_no_second_file_of_a_list_of_other_projects(world: World) -> None:
+    (world.root / "val.txt").write_text("run/1.mp4 1\n")
+    for name, clip in (("run/1.mp4", "a"), ("jump/1.mp4", "b"), ("1.mp4", "c")):
+        world.put(name, clip)
+    options = {"annotations": (world.root / "val.txt",), "split": "val"}
+    world.prepare(**options)
+    assert [(row["path"], row["status"]) for row in world.table()] == [
+        ("run/1.mp4", "ok"), ("1.mp4", "duplicate_id"), ("jump/1.mp4", "extra"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("options", "nominal", "short", "in_manifest"),
     [
@@ -305,6 +336,8 @@ def test_leaks_against_an_official_csv(world: World, tmp_path: Path) -> None:
         (b"\xff\xfe no text", "not a text file in UTF-8"),
         (b"youtube_id,split\n" + b"x" * 200_000, "not a CSV file"),
         (b"no manifest\n", "needs a column 'path'"),
+        (b"label,youtube_id,split\n", "lists no clip to compare with: expected rows below its header, got none"),
+        (b"youtube_id,split\nabcdefghijk,val\n,val\n ,val\n", r"line 3: the youtube_id is empty \(in 2 of 3 rows\)"),
     ],
 )
 def test_what_cannot_be_compared_with_is_a_sentence(data: bytes, message: str, tmp_path: Path) -> None:
@@ -392,7 +425,8 @@ def test_a_list_whose_order_cannot_be_checked_says_so_and_a_label_map_checks_it(
     assert "order of classes could not be checked" in notice
     label_map = world.root / "map.txt"
     label_map.write_text("swim (fast)\nrun\njump\n")
-    assert world.prepare(**options, classes=label_map).manifest_rows[0].label == "jump"
+    report = world.prepare(**options, classes=label_map)
+    assert (report.manifest_rows[0].label, report.notices) == ("jump", ())
     label_map.write_text("jump\nrun\nswim (fast)\n")
     with pytest.raises(ValueError, match="2 of the 3 classes differ"):
         world.prepare(**options, classes=label_map)
@@ -406,7 +440,47 @@ def test_class_folders_without_any_list(world: World) -> None:
         ("a", "swim (fast)", None),
         ("b", "run", None),
     }
-    assert {row.split for row in world.prepare(annotations=(), split="val").manifest_rows} == {"val"}
+    (notice,) = report.notices
+    told = "without --annotations the clips are those found in class folders, so missing ones cannot be told."
+    assert notice == f"{world.videos}: {told}"
+    assert summary_lines(report)[:2] == ["Made Up: 2 files found", "  no split: 2 found, 2 in the manifest"]
+    summary = json.loads((world.out / "summary.json").read_text())
+    assert (summary["listed"], summary["found"], summary["splits"][""]["listed"]) == (None, 2, None)
+    report = world.prepare(annotations=(), split="val")
+    assert {row.split for row in report.manifest_rows} == {"val"}
+    assert summary_lines(report)[1] == "  val: 2 found of 5 official, 2 in the manifest"
+    with pytest.raises(
+        ValueError, match=r"of which official split of Made Up: .* --annotations of Made Up takes: Its l"
+    ):
+        world.prepare(recipe=world.recipe(versions_are_splits=True), annotations=(), split="val")
+
+
+def test_entries_without_a_source_have_the_recipes(world: World) -> None:
+    def source_id(path: PurePosixPath) -> str | None:
+        return None if path.stem == "c" else f"of {path}"
+
+    recipe = world.recipe(source_id=source_id)
+    for name in ("run/a.mp4", "run/b.mp4", "run/c.mp4"):
+        world.put(name, name[4])
+    world.entries = [an_entry("a", source_id="own"), an_entry("b"), an_entry("c")]
+    (world.root / "val.txt").write_text("d/run/a.mp4 1\nd/run/b.mp4 1\nd/run/c.mp4 1\n")
+    sources = [
+        [row.extra["source_id"] for row in world.prepare(recipe=recipe, **options).manifest_rows]
+        for options in ({}, {"annotations": ()}, {"annotations": (world.root / "val.txt",), "split": "val"})
+    ]
+    assert sources == [
+        ["own", "of b", "c"],
+        ["of run/a.mp4", "of run/b.mp4", "c"],
+        ["of d/run/a.mp4", "of d/run/b.mp4", "c"],
+    ]
+
+
+def test_what_annotations_takes_is_told_where_they_are_wrong(world: World) -> None:
+    with pytest.raises(ValueError, match=r"There is no file .*gone\.csv; --annotations of Made Up takes: Its list\.$"):
+        world.prepare(annotations=(world.root / "gone.csv",))
+    world.put("one/two/three/a.mp4", "a")
+    with pytest.raises(ValueError, match=r"give the lists of clips by --annotations \(Its list\)\.$"):
+        world.prepare(annotations=())
 
 
 def test_own_clips_take_their_classes_from_beside_them_or_from_a_file(world: World) -> None:
@@ -545,6 +619,9 @@ def test_a_key_that_two_clips_hold_tells_neither() -> None:
     assert matches.extra == (PurePosixPath("id.mp4"),)
     keyless = match_files([an_entry("x", keys=())], found=found, file_keys=lambda path: (path.stem,))
     assert (keyless.files, "ends like another's" in keyless.causes["x"]) == ({}, True)
+    timed = VideoFiles(videos=(PurePosixPath("id.mp4"), PurePosixPath("z/id_0.mp4")), image_folders=())
+    both = match_files(entries[:1], found=timed, file_keys=lambda path: (path.stem,))
+    assert (both.files, both.extra) == ({"id_0": (PurePosixPath("z/id_0.mp4"), PurePosixPath("id.mp4"))}, ())
     alone = match_files(entries[:1], found=found, file_keys=lambda path: (path.stem,))
     assert alone.files == {"id_0": (PurePosixPath("id.mp4"),)}
 

@@ -4,7 +4,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from coca_video.data.recipe import Entry, Request, load_recipe, recipe_classes
+from coca_video.data.recipe import Entry, Request, load_recipe, recipe_classes, recipe_lines
 
 RECIPE = """
 from coca_video.data.recipe import Entry, Recipe, Request, Version
@@ -42,6 +42,16 @@ def test_a_recipe_is_loaded_by_its_path_and_gives_its_classes_in_their_order(tmp
         Entry(video_id="v1", label="first", split="val", keys=("1",), source_id=None, nominal_seconds=None, extra={}),
     ]
     assert recipe.file_keys(PurePosixPath("a/0.mp4")) == ("0",)
+    assert (recipe.source_id(PurePosixPath("a/0.mp4")), recipe.versions_are_splits) == (None, False)
+
+
+def test_what_a_recipe_tells_of_itself(tmp_path: Path) -> None:
+    assert recipe_lines(load_recipe(write_recipe(tmp_path / "two", text=RECIPE))) == [
+        "Two: --version (the first is the default) and official clips",
+        "  b     2 val",
+        "  a     no official count",
+        "--annotations: a list.",
+    ]
 
 
 def test_an_unknown_version_names_those_there_are(tmp_path: Path) -> None:

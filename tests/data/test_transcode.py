@@ -206,6 +206,7 @@ def test_a_url_is_a_sentence_and_a_folder_of_images_a_cause(tmp_path: Path, vide
 def test_a_folder_with_classes_stays_a_manifest(tmp_path: Path, videos: Path, serial: list[str]) -> None:
     (videos / "classes.txt").write_text("b\na\n")
     transcode(videos, out=tmp_path / "small")
+    assert (tmp_path / "small" / "classes.txt").read_text() == "b\na\n"
     old, new = read_manifest(videos), read_manifest(tmp_path / "small")
     assert [(row.label, row.video_id) for row in new.rows] == [(row.label, row.video_id) for row in old.rows]
     assert new.classes == old.classes == ("b", "a")
@@ -266,6 +267,19 @@ def test_files_of_somebody_else_are_not_overwritten(tmp_path: Path, videos: Path
     with pytest.raises(ValueError, match=r"b/three\.mp4 is there, and not by this command"):
         plan_transcode(videos, out=out)
     assert (out / "b" / "three.mp4").read_text() == "mine"
+
+
+def test_one_video_becomes_one_file(tmp_path: Path, videos: Path, serial: list[str]) -> None:
+    """--out may lie beside it, and the classes there are no matter of it; over itself it is not written."""
+    (videos / "classes.txt").write_text("a\n")
+    (videos / "a" / "classes.txt").write_text("a\n")
+    out = videos / "a" / "small"
+    report = transcode(videos / "a" / "two.MP4", out=out)
+    assert (serial, report.num_done, sorted(tree(out))) == (["two.MP4"], 1, [JOURNAL, "two.mp4"])
+    assert len(sequential(out / "two.mp4")) == 20
+    assert transcode(videos / "a" / "two.MP4", out=out).num_kept == 1
+    with pytest.raises(ValueError, match="among the originals"):
+        plan_transcode(videos / "a" / "two.MP4", out=videos / "a")
 
 
 def test_a_folder_without_videos_is_a_sentence(tmp_path: Path) -> None:

@@ -62,6 +62,18 @@ def test_files_are_known_by_their_name(file: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("rgb/-mmq0PT-u8k_00155.mp4", "-mmq0PT-u8k"),
+        ("_8Vy3dlHg2w_00000", "_8Vy3dlHg2w"),  # a folder of frames
+        ("clip.mp4", None),
+    ],
+)
+def test_the_source_is_the_long_video(path: str, source: str | None) -> None:
+    assert RECIPE.source_id(PurePosixPath(path)) == source
+
+
+@pytest.mark.parametrize(
     ("train", "sentence"),
     [
         ([{"vid_name": "a_0", "label": 48}], r"train.json, clip 1: the label of a_0 must be .* from 0 to 47, got 48"),

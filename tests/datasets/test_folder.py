@@ -64,8 +64,27 @@ def test_wrong_input_is_a_sentence(tmp_path: Path) -> None:
         clips(lay_out(tmp_path / "empty", "a/notes.txt"))
     with pytest.raises(ValueError, match=r"laid out as .* throughout, got a/1.mp4 and train/a/2.mp4"):
         clips(lay_out(tmp_path / "mixed", "a/1.mp4", "train/a/2.mp4"))
-    with pytest.raises(ValueError, match=r"takes no --annotations, got val.csv; leave it out"):
+    with pytest.raises(ValueError, match=r"val.csv is no list of lines 'path label', .* leave it out"):
         clips(lay_out(tmp_path / "good", "a/1.mp4"), Path("val.csv"))
+
+
+def test_a_list_is_taken_with_classes_and_a_split(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "1.mp4").write_text("one")
+    (tmp_path / "list.txt").write_text("1.mp4 1\n")
+    (tmp_path / "classes.txt").write_text("washing up\npouring tea\n")
+    options = {"videos": tmp_path / "clips", "out": tmp_path / "out", "annotations": (tmp_path / "list.txt",)}
+
+    def run(**more: Path | str) -> list[tuple[str | None, str | None]]:
+        config = PrepareConfig(**options, check="none", num_workers=1, **more)
+        report = prepare(RECIPE, folder=FOLDER, config=config, progress=lambda what, **c: tqdm(disable=True, **c))
+        return [(row.label, row.split) for row in report.manifest_rows]
+
+    assert run(classes=tmp_path / "classes.txt", split="train") == [("pouring tea", "train")]
+    with pytest.raises(ValueError, match="give the classes with --classes FILE"):
+        run(split="train")
+    with pytest.raises(ValueError, match="name it with --split"):
+        run(classes=tmp_path / "classes.txt")
 
 
 def test_no_classes_and_no_counts_of_ours() -> None:

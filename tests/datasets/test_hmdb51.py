@@ -75,6 +75,22 @@ def test_source_is_what_stands_before_the_class(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("smoke/smoking_smoke_again_smoke_h_nm_np1_ba_goo_0.avi", "smoking_smoke_again"),
+        ("smoke/smoke_h_nm_np1_ba_goo_2.avi", None),
+        ("Amelie_kick_ball_f_cm_np1_ba_med_0.avi", "Amelie"),
+        ("Film_draw_sword_f_cm_np1_ba_med_0.avi", "Film"),
+        ("sword/Film_draw_sword_f_cm_np1_ba_med_0.avi", "Film_draw"),
+        (unicodedata.normalize("NFD", "Haarek\u00e4mmen_pick_h_cm_np1_fr_goo_0.avi"), "Haarek\u00e4mmen"),
+        ("pick/my_own.avi", None),
+    ],
+)
+def test_source_of_a_path(path: str, source: str | None) -> None:
+    assert RECIPE.source_id(PurePosixPath(path)) == source
+
+
 def test_a_name_in_two_classes_is_told_apart_by_its_folder(tmp_path: Path) -> None:
     shared = "Film_sword_exercise_f_cm_np1_ba_med_0.avi"
     entries = clips(
@@ -145,6 +161,23 @@ def test_official_counts_and_classes() -> None:
         assert version.official == {"train": 51 * 70, "test": 51 * 30}
     assert len(CLASSES) == 51
     assert list(CLASSES) == sorted(CLASSES)  # here the official order is that of names
+
+
+def test_class_folders_need_the_lists_or_folders_of_splits(tmp_path: Path) -> None:
+    def run(videos: Path) -> list[tuple[str, str | None, str]]:
+        config = PrepareConfig(videos=videos, out=tmp_path / "out", check="none", num_workers=1)
+        report = prepare(RECIPE, folder=FOLDER, config=config, progress=lambda what, **c: tqdm(disable=True, **c))
+        return [(row.video_id, row.split, row.extra["source_id"]) for row in report.manifest_rows]
+
+    name = "April_09_brush_hair_u_nm_np1_ba_goo_0"
+    for above in ("flat", "split/Training"):
+        (tmp_path / above / "brush_hair").mkdir(parents=True)
+        (tmp_path / above / "brush_hair" / f"{name}.avi").write_text(name)
+    with pytest.raises(
+        ValueError, match=r"which clips are of which official split of HMDB51: .* takes: The folder testTrainMulti"
+    ):
+        run(tmp_path / "flat")
+    assert run(tmp_path / "split") == [(name, "train", "April_09")]
 
 
 def test_sample_is_the_head_of_the_manifest(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import pytest
+from tqdm import tqdm
 
 from coca_video.data.manifest import read_classes, read_manifest
+from coca_video.data.prepare import PrepareConfig, prepare
 from coca_video.data.recipe import Entry, Request, load_recipe, recipe_classes
 
 RECIPE = Path(__file__).resolve().parents[2] / "datasets" / "kinetics"
@@ -111,6 +113,46 @@ def test_test_lists_old_splits_column_order_and_a_byte_order_mark(tmp_path: Path
 )
 def test_keys_of_files(path: str, keys: Sequence[str]) -> None:
     assert recipe.file_keys(PurePosixPath(path)) == keys
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("using segway/R6llTwEh07w_000000_000010.mp4", "R6llTwEh07w"),
+        ("-a_0000_001_000123_000133.mkv", "-a_0000_001"),
+        ("A ride [-a_0000_001].mp4", "-a_0000_001"),
+        ("holiday.mp4", None),
+    ],
+)
+def test_the_source_is_the_video_at_youtube(path: str, source: str | None) -> None:
+    assert recipe.source_id(PurePosixPath(path)) == source
+
+
+def test_class_folders_against_the_official_list_find_what_they_share(data_folder: Path, tmp_path: Path) -> None:
+    """Two clips of K400's validation list, and one of another video; by folders and by a list of another project."""
+    names = [
+        "using segway/R6llTwEh07w_000000_000010.mp4",
+        "using_segway/SOX5yA1l24A.mp4",
+        "abseiling/-----------_000000_000010.mp4",
+    ]
+    for name in names:
+        (tmp_path / "videos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "videos" / name).write_text(name)
+    other = data_folder / "kinetics" / "kinetics-400_val.csv"
+    (tmp_path / "list.txt").write_text(f"{names[0]} 375\n{names[1]} 375\n{names[2]} 0\n")
+    for options in ({}, {"annotations": (tmp_path / "list.txt",), "split": "train"}):
+        out = tmp_path / f"out{len(options)}"
+        config = PrepareConfig(
+            videos=tmp_path / "videos", out=out, check="none", num_workers=1, against=other, **options
+        )
+        report = prepare(recipe, folder=RECIPE, config=config, progress=lambda what, **c: tqdm(disable=True, **c))
+        assert report.leaks is not None
+        assert {(leak.video_id, leak.other_video_id, leak.by) for leak in report.leaks} == {
+            ("R6llTwEh07w_000000_000010", "R6llTwEh07w_000000_000010", "source"),
+            ("SOX5yA1l24A", "SOX5yA1l24A_000299_000309", "source"),
+        }
+        sources = {row.extra["source_id"] for row in read_manifest(out / "manifest.csv").rows}
+        assert sources == {"R6llTwEh07w", "SOX5yA1l24A", "-----------"}
 
 
 def test_every_listed_clip_is_found_by_its_name_in_cvdf_s_archives_and_by_its_bare_id(data_folder: Path) -> None:

@@ -93,6 +93,19 @@ def test_a_wrong_list_is_a_sentence(train: str, sentence: str, tmp_path: Path) -
         clips(lay_out(tmp_path, train=train))
 
 
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("YoYo/v_YoYo_g25_c05.avi", "v_YoYo_g25"),
+        ("rawframes/YoYo/v_YoYo_g25_c05", "v_YoYo_g25"),
+        ("HandstandPushups/v_HandstandPushups_g01_c01.mp4", "v_HandStandPushups_g01"),  # as the lists spell it
+        ("YoYo/clip.avi", None),
+    ],
+)
+def test_the_source_is_the_group(path: str, source: str | None) -> None:
+    assert RECIPE.source_id(PurePosixPath(path)) == source
+
+
 def test_another_order_of_classes_is_refused(tmp_path: Path) -> None:
     lay_out(tmp_path)
     lines = [f"{number} {name}\n" for number, name in enumerate(sorted(CLASSES), start=1)]
@@ -119,6 +132,23 @@ def test_official_counts_and_classes() -> None:
     official = {1: "ApplyEyeMakeup", 35: "Hammering", 36: "HammerThrow", 37: "HandstandPushups", 101: "YoYo"}
     assert {number: CLASSES[number - 1] for number in official} == official
     assert len(CLASSES) == 101
+
+
+def test_class_folders_need_the_lists_or_folders_of_splits(tmp_path: Path) -> None:
+    def run(videos: Path) -> list[tuple[str, str | None, str]]:
+        config = PrepareConfig(videos=videos, out=tmp_path / "out", check="none", num_workers=1)
+        report = prepare(RECIPE, folder=FOLDER, config=config, progress=lambda what, **c: tqdm(disable=True, **c))
+        return [(row.video_id, row.split, row.extra["source_id"]) for row in report.manifest_rows]
+
+    name = "v_YoYo_g25_c05"
+    for above in ("flat", "split/Training"):
+        (tmp_path / above / "YoYo").mkdir(parents=True)
+        (tmp_path / above / "YoYo" / f"{name}.avi").write_text(name)
+    with pytest.raises(
+        ValueError, match=r"which clips are of which official split of UCF101: .* takes: The folder ucfTrain"
+    ):
+        run(tmp_path / "flat")
+    assert run(tmp_path / "split") == [(name, "train", "v_YoYo_g25")]
 
 
 def test_sample_is_the_head_of_the_manifest(tmp_path: Path) -> None:

@@ -1,10 +1,11 @@
 """`coca-video evaluate DATA --model RUN`: accuracy of a classifier, or retrieval of a CoCa."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +14,11 @@ import tyro
 from coca_video.cli.arguments import parse_options, say
 
 if TYPE_CHECKING:
+    from coca_video.data.manifest import Manifest
+    from coca_video.data.views import Protocol
+    from coca_video.eval.classification import ClassificationResult
     from coca_video.hub import Saved
+    from coca_video.models.video import VideoClassifier
 
 MAX_CLASSES_SHOWN = 20
 
@@ -28,14 +33,28 @@ class EvaluateOptions:
     """A finished run or a model folder, hf:ORG/NAME, open_clip:NAME/TAG or open_clip:FILE."""
     split: str | None = None
     """The manifest's rows with this split; all rows when not given."""
+    protocol: (
+        Literal[
+            "uniform",
+            "mmaction2_tsn",
+            "mmaction2_dense",
+            "slowfast",
+            "uniformerv2",
+            "videomae",
+            "videomae_ssv2",
+            "vjepa2",
+        ]
+        | None
+    ) = None
+    """Clips and crops of each video as this peer tests, their scores averaged; one clip, its centre, when not given."""
     num_frames: int | None = None
-    """Frames a clip; what the model was trained with when not given."""
+    """Frames a clip; when not given the protocol's, or what the model was trained with for none and for uniform."""
     decoder: Literal["auto", "torchcodec", "decord", "pyav"] = "auto"
     """What reads the video files; auto takes for each the first that reads it exactly."""
     timeout_seconds: float = 60.0
     """A clip that takes longer to read counts as unreadable."""
     batch_size: int = 16
-    """Clips (or images) at a time."""
+    """Clips (views of a video, images) at a time."""
     num_workers: int = 0
     """Processes that read data."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -49,9 +68,11 @@ class EvaluateOptions:
 def run(arguments: Sequence[str]) -> int:
     """Evaluates, prints, writes the result. Status 1 when some of the data could not be read."""
     options = parse_options(EvaluateOptions, verb="evaluate", arguments=arguments)
+    from coca_video.distributed import is_main, start_from_environment
     from coca_video.hub import load
     from coca_video.models.coca import CoCa
     from coca_video.models.image import ImageEncoder
+    from coca_video.train.loop import pick_device
 
     if options.out is None and ":" in options.model and not Path(options.model).is_dir():
         raise ValueError(f"{options.model} is no folder that could take the result; say where with --out DIR.")
@@ -60,57 +81,100 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"{options.model} is an image encoder alone, which names nothing; train a probe on it first.")
     if isinstance(saved.model, CoCa):
         return _evaluate_retrieval(saved, options=options)
-    path = evaluate_manifest(saved, options=options)
-    evaluation = json.loads(path.read_text())
-    print_accuracy(evaluation)
-    say(f"Scores of every video and all figures: {path}")
-    total = evaluation["num_videos"] + evaluation["num_unreadable"]
-    return _report_unreadable(list(evaluation["unreadable"].values()), total=total)
+    with start_from_environment(pick_device(options.device)):
+        path = evaluate_manifest(saved, options=options)
+        return _report(path, options=options) if is_main() else 0  # torchrun kills all ranks for one that ends with 1
 
 
 def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
-    """Scores every clip of `options.data` and writes the result; returns its file."""
+    """Scores every video of `options.data` and writes the result; returns its file. Ranks share the videos."""
     from coca_video.data.manifest import read_manifest
-    from coca_video.data.video import ClipConfig, VideoDataset
-    from coca_video.eval.classification import evaluate_clips, write_result
+    from coca_video.distributed import gather_objects, on_main
+    from coca_video.eval.classification import write_result
     from coca_video.models.video import VideoClassifier
-    from coca_video.train.loop import pick_device, progress_bar
 
     model = saved.model
     assert isinstance(model, VideoClassifier)
-    device = pick_device(options.device)
     manifest = read_manifest(options.data, classes=saved.classes)
     manifest = manifest if options.split is None else manifest.select(split=options.split)
     manifest.check_labels()
     manifest.check_files()
-    num_frames = model.config.num_frames if options.num_frames is None else options.num_frames
-    image = model.config.image
-    clip = ClipConfig(
-        num_frames=num_frames,
-        image_size=image.image_size,
-        interpolation=image.interpolation,
-        decoder=options.decoder,
-        timeout_seconds=options.timeout_seconds,
-    )
-    with progress_bar("evaluating", total=len(manifest.rows)) as bar:
-        result = evaluate_clips(
-            model.to(device),
-            dataset=VideoDataset(manifest, config=clip, seed=0),
-            classes=saved.classes,
-            device=device,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
-            bf16=options.precision == "bf16",
-            on_batch=bar.update,
-        )
+    rule = _protocol(options, trained_frames=model.config.num_frames)
+    result = _scores(model, manifest, rule=rule, options=options)
     facts = {
         "model": options.model,
         "data": str(options.data.resolve()),
         "split": options.split,
-        "num_frames": num_frames,
+        "num_frames": rule.frames_per_clip,
+        "protocol": asdict(rule),
         "precision": options.precision,
     }
-    return write_result(_result_folder(options), name=_result_name(options), result=result, facts=facts)
+    written: list[Path] = []
+    name = _result_name(options)
+    on_main(lambda: written.append(write_result(_result_folder(options), name=name, result=result, facts=facts)))
+    path: Path = gather_objects(written)[0][0]
+    return path
+
+
+def _protocol(options: EvaluateOptions, *, trained_frames: int) -> "Protocol":
+    """The protocol asked for; without one a clip of the whole video, its centre, which is "uniform"."""
+    from coca_video.data.views import protocol
+
+    if options.num_frames is not None and options.num_frames < 1:
+        raise ValueError(f"--num-frames must be at least 1; got {options.num_frames}.")
+    name = "uniform" if options.protocol is None else options.protocol
+    num_frames = trained_frames if name == "uniform" and options.num_frames is None else options.num_frames
+    try:
+        return protocol(name, frames_per_clip=num_frames)
+    except ValueError as error:
+        raise ValueError(f"--num-frames {num_frames} does not go with the protocol {name}: {error}.") from error
+
+
+def _scores(
+    model: "VideoClassifier", manifest: "Manifest", *, rule: "Protocol", options: EvaluateOptions
+) -> "ClassificationResult":
+    """One clip a video without --protocol, else its views."""
+    from coca_video.data.video import ClipConfig, VideoDataset
+    from coca_video.eval.classification import evaluate_clips
+    from coca_video.eval.multiview import MultiViewDataset, evaluate_views
+    from coca_video.eval.passes import share_of_rank
+    from coca_video.train.loop import pick_device, progress_bar
+
+    device = pick_device(options.device)  # in a process group "cuda" is this rank's own: it was made the current one
+    reading: dict[str, Any] = {
+        "image_size": model.config.image.image_size,
+        "interpolation": model.config.image.interpolation,
+        "decoder": options.decoder,
+        "timeout_seconds": options.timeout_seconds,
+    }
+    settings: dict[str, Any] = {
+        "classes": manifest.classes,
+        "device": device,
+        "batch_size": options.batch_size,
+        "num_workers": options.num_workers,
+        "bf16": options.precision == "bf16",
+    }
+    if options.protocol is None:
+        config = ClipConfig(num_frames=rule.frames_per_clip, **reading)
+        clips = VideoDataset(manifest, config=config, seed=0)
+        with progress_bar("evaluating", total=len(share_of_rank(clips))) as bar:
+            return evaluate_clips(model.to(device), dataset=clips, on_batch=bar.update, **settings)
+    views = MultiViewDataset(manifest, protocol=rule, **reading)
+    with progress_bar("evaluating", total=len(share_of_rank(views))) as bar:
+        return evaluate_views(model.to(device), dataset=views, on_batch=bar.update, **settings)
+
+
+def _report(path: Path, *, options: EvaluateOptions) -> int:
+    """Prints a written result; the exit status."""
+    evaluation = json.loads(path.read_text())
+    if options.protocol is not None:
+        rule = evaluation["protocol"]
+        clips = f"{rule['num_clips']} clips of {rule['frames_per_clip']} frames"
+        print(f"protocol    {rule['name']}: {clips}, crops: {rule['crops']}, scores: {rule['aggregate']}")
+    print_accuracy(evaluation)
+    say(f"Scores of every video and all figures: {path}")
+    total = evaluation["num_videos"] + evaluation["num_unreadable"]
+    return _report_unreadable(list(evaluation["unreadable"].values()), total=total)
 
 
 def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
@@ -122,9 +186,11 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
 
     model = saved.model
     assert isinstance(model, CoCa)
-    for name, default in (("split", None), ("num_frames", None), ("decoder", "auto"), ("timeout_seconds", 60.0)):
-        if getattr(options, name) != default:
+    for name in ("split", "protocol", "num_frames", "decoder", "timeout_seconds"):
+        if getattr(options, name) != EvaluateOptions.__dataclass_fields__[name].default:
             raise ValueError(f"--{name.replace('_', '-')} is for clips, and {options.model} is a CoCa: leave it out.")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("Retrieval is evaluated in one process, and torchrun started several; start it without.")
     if saved.tokenizer is None:
         raise ValueError(f"{options.model} has no tokenizer.json, which retrieval needs.")
     device = pick_device(options.device)
@@ -173,7 +239,7 @@ def _result_folder(options: EvaluateOptions) -> Path:
 def _result_name(options: EvaluateOptions) -> str:
     data = re.sub(r"[^\w-]+", "_", options.data.resolve().name.removesuffix(".csv").removesuffix(".tar"))
     frames = None if options.num_frames is None else f"{options.num_frames}frames"
-    return "_".join(part for part in (data, options.split, frames) if part is not None)
+    return "_".join(part for part in (data, options.split, options.protocol, frames) if part is not None)
 
 
 def _report_unreadable(causes: list[str], *, total: int) -> int:

@@ -3,19 +3,22 @@
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float, Float64, Int64
+from torch import Tensor
 
 from coca_video.data.loader import Unreadable, in_order
 from coca_video.data.video import VideoDataset, collate_clips
 from coca_video.eval.features import TokenBatch, TokenDataset, collate_tokens, encode_batch
 from coca_video.eval.metrics import ClassificationMetrics, classification_metrics
+from coca_video.eval.passes import one_pass, over_ranks, share_of_rank
 from coca_video.models.video import VideoClassifier
 
 
@@ -31,6 +34,14 @@ class ClassificationResult:
     unreadable: tuple[Unreadable, ...]
 
 
+class Scored(NamedTuple):
+    """One video's softmax scores in float64, its label and its id."""
+
+    video_id: str
+    label: int
+    scores: Float64[np.ndarray, "classes"]
+
+
 @torch.no_grad()
 def evaluate_clips(
     model: VideoClassifier,
@@ -43,57 +54,63 @@ def evaluate_clips(
     bf16: bool = False,
     on_batch: Callable[[int], object] | None = None,
 ) -> ClassificationResult:
-    """Scores every video of `dataset` with one clip each. `on_batch` is told how many samples each batch dealt with."""
+    """Scores every video of `dataset` with one clip each. `on_batch` is told how many samples each batch dealt with.
+
+    Ranks share the videos, and each gets the whole result.
+    """
     unreadable: list[Unreadable] = []
-
-    def token_batches() -> Iterable[TokenBatch]:
-        stream = in_order(
-            dataset, num_samples=len(dataset), batch_size=batch_size, workers=num_workers, collate=collate_clips
-        )
-        for batch, failed in stream:
-            unreadable.extend(failed)
-            if on_batch is not None:
-                on_batch(len(failed) + (0 if batch is None else len(batch.video_ids)))
-            if batch is not None:
-                yield encode_batch(model, batch, device=device, bf16=bf16)
-
-    return _result(model, token_batches(), classes=classes, unreadable=unreadable)
+    clips = one_pass(
+        share_of_rank(dataset),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate=collate_clips,
+        device=device,
+        unreadable=unreadable,
+        on_batch=on_batch,
+    )
+    tokens = (encode_batch(model, batch, device=device, bf16=bf16) for batch in clips)
+    scored = list(_scored(model, tokens))
+    return make_result(over_ranks(scored), classes=classes, unreadable=over_ranks(unreadable))
 
 
 @torch.no_grad()
 def evaluate_tokens(
     model: VideoClassifier, *, dataset: TokenDataset, classes: tuple[str, ...], batch_size: int = 64
 ) -> ClassificationResult:
-    """The same on tokens that were encoded before."""
-    unreadable = list(dataset.unreadable)
+    """The same on tokens that were encoded before, all of them on each rank."""
     stream = in_order(dataset, num_samples=len(dataset), batch_size=batch_size, workers=0, collate=collate_tokens)
-    batches = (batch for batch, _ in stream if batch is not None)
-    return _result(model, batches, classes=classes, unreadable=unreadable)
+    scored = list(_scored(model, (batch for batch, _ in stream if batch is not None)))
+    return make_result(scored, classes=classes, unreadable=dataset.unreadable)
 
 
-def _result(
-    model: VideoClassifier, batches: Iterable[TokenBatch], *, classes: tuple[str, ...], unreadable: list[Unreadable]
-) -> ClassificationResult:
-    """`unreadable` may still be growing while `batches` are drawn."""
-    names: list[str] = []
-    labels: list[int] = []
-    scores: list[np.ndarray] = []
+def _scored(model: VideoClassifier, batches: Iterable[TokenBatch]) -> Iterator[Scored]:
     for batch in batches:
-        logits = model.classify(batch.tokens).cpu().double()
-        names += batch.video_ids
-        labels += batch.labels.tolist()
-        scores += list(logits.softmax(dim=1).numpy())
-    if not names:
+        yield from map(Scored, batch.video_ids, batch.labels.tolist(), softmax_scores(model, batch.tokens))
+
+
+def softmax_scores(
+    model: VideoClassifier, tokens: Float[Tensor, "batch tokens dim"]
+) -> Float64[np.ndarray, "batch classes"]:
+    """Class scores of tokens that are pooled together, the softmax in float64."""
+    scores: Float64[np.ndarray, "batch classes"] = model.classify(tokens).cpu().double().softmax(dim=1).numpy()
+    return scores
+
+
+def make_result(
+    scored: Iterable[Scored], *, classes: tuple[str, ...], unreadable: Sequence[Unreadable]
+) -> ClassificationResult:
+    """Scores in any order to the result; ValueError if there are none."""
+    videos = sorted(scored, key=attrgetter("video_id"))
+    if not videos:
         raise ValueError(f"None of the {len(unreadable)} videos could be read; the first: {unreadable[0].cause}")
-    order = sorted(range(len(names)), key=names.__getitem__)
-    sorted_scores = np.stack([scores[i] for i in order])
-    sorted_labels = np.array([labels[i] for i in order], dtype=np.int64)
+    scores = np.stack([video.scores for video in videos])
+    labels = np.array([video.label for video in videos], dtype=np.int64)
     return ClassificationResult(
         classes=classes,
-        video_ids=tuple(names[i] for i in order),
-        labels=sorted_labels,
-        scores=sorted_scores,
-        metrics=classification_metrics(sorted_scores, labels=sorted_labels, num_unreadable=len(unreadable)),
+        video_ids=tuple(video.video_id for video in videos),
+        labels=labels,
+        scores=scores,
+        metrics=classification_metrics(scores, labels=labels, num_unreadable=len(unreadable)),
         unreadable=tuple(sorted(unreadable)),
     )
 

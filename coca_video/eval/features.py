@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from coca_video.data.loader import SampleKey, Unreadable, in_order
+from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.transforms import normalize
 from coca_video.data.video import ClipBatch, VideoDataset, collate_clips
+from coca_video.eval.passes import one_pass
 from coca_video.models.video import VideoClassifier
 
 
@@ -49,11 +50,22 @@ def collate_tokens(batches: Sequence[TokenBatch]) -> TokenBatch:
 
 
 @torch.no_grad()
-def encode_batch(model: VideoClassifier, batch: ClipBatch, *, device: torch.device, bf16: bool = False) -> TokenBatch:
-    """The tokens of a batch of clips, on `device`, without gradients; under bf16 autocast where asked."""
+def encode_frames(
+    model: VideoClassifier,
+    frames: UInt8[Tensor, "batch frames 3 height width"],
+    *,
+    device: torch.device,
+    bf16: bool = False,
+) -> Float[Tensor, "batch tokens dim"]:
+    """The tokens of clips, on `device`, without gradients; under bf16 autocast where asked."""
     image = model.config.image
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
-        tokens = model.encode(normalize(batch.frames.to(device), mean=image.mean, std=image.std))
+        return model.encode(normalize(frames.to(device), mean=image.mean, std=image.std))
+
+
+def encode_batch(model: VideoClassifier, batch: ClipBatch, *, device: torch.device, bf16: bool = False) -> TokenBatch:
+    """`encode_frames` of a batch, with its labels and names."""
+    tokens = encode_frames(model, batch.frames, device=device, bf16=bf16)
     return TokenBatch(tokens=tokens, labels=batch.labels.to(device), video_ids=batch.video_ids)
 
 
@@ -68,17 +80,17 @@ def encode_clips(
     on_batch: Callable[[int], object] | None = None,
 ) -> TokenDataset:
     """Encodes every clip once, in order; ValueError if none can be read. `on_batch` gets each batch's number."""
-    batches: list[TokenBatch] = []
     unreadable: list[Unreadable] = []
-    stream = in_order(
-        dataset, num_samples=len(dataset), batch_size=batch_size, workers=num_workers, collate=collate_clips
+    clips = one_pass(
+        dataset,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate=collate_clips,
+        device=device,
+        unreadable=unreadable,
+        on_batch=on_batch,
     )
-    for batch, failed in stream:
-        unreadable += failed
-        if on_batch is not None:
-            on_batch(len(failed) + (0 if batch is None else len(batch.video_ids)))
-        if batch is not None:
-            batches.append(encode_batch(model, batch, device=device, bf16=bf16))
+    batches = [encode_batch(model, batch, device=device, bf16=bf16) for batch in clips]
     if not batches:
         raise ValueError(f"None of the {len(dataset)} videos could be read; the first: {unreadable[0].cause}")
     return TokenDataset(batch=collate_tokens(batches), unreadable=tuple(unreadable))

@@ -56,7 +56,12 @@ def read_measurement(path: Path) -> Measurement:
     if not figures:
         raise ValueError(f"Expected the result of an evaluation, with its figures, in {path}; there are none.")
     written = datetime.fromtimestamp(path.stat().st_mtime, tz=UTC).date().isoformat()
-    settings = {"num_frames": "{} frames a clip", "precision": "{}"}
+    settings = {
+        "num_frames": "{} frames a clip",
+        "protocol": "protocol {0[name]}, {0[num_clips]} clips, crops: {0[crops]}",
+        "frames": "{}",
+        "precision": "{}",
+    }
     return Measurement(
         name=path.stem,
         data=_data_name(document.get("data")),

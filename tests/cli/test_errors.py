@@ -190,7 +190,10 @@ def test_predictions_are_probabilities_in_order(model: Path, clips: Path, capsys
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["probee"], "there is no verb 'probee'; expected one of quickstart, tokenizer, pretrain, probe,"),
+        (
+            ["probee"],
+            "there is no verb 'probee'; expected one of quickstart, doctor, prepare, transcode, tokenizer, pretrain, probe,",
+        ),
         (["probe"], "expected a config file, such as configs/probe/own_clips.py; none was given."),
         (["pretrain"], "expected a config file, such as configs/pretrain/flickr8k_small.py; none was given."),
         (["probe", "configs/none.py"], "There is no file configs/none.py, neither here nor among those that come with"),

@@ -110,7 +110,8 @@ def test_results_of_other_facts_are_not_overwritten(model: VideoClassifier, mani
 
 def test_predict_and_evaluate_agree(model: VideoClassifier, manifest: Manifest, tmp_path: Path) -> None:
     save(tmp_path / "model", model=model, classes=manifest.classes)
-    predictor = load_predictor(str(tmp_path / "model"), num_frames=None, decoder="auto", device=CPU)
+    options = {"num_frames": None, "decoder": "auto", "timeout_seconds": 60.0, "device": CPU}
+    predictor = load_predictor(str(tmp_path / "model"), **options)
     result = evaluate(model, manifest, batch_size=16)
     for row in manifest.rows[:5]:
         scores = result.scores[result.video_ids.index(row.video_id)]

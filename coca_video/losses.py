@@ -112,8 +112,17 @@ def global_mean(total: Float[Tensor, ""], *, count: Int[Tensor, ""]) -> Float[Te
 
 
 def classification_loss(
-    logits: Float[Tensor, "batch classes"], *, labels: Int[Tensor, "batch"], label_smoothing: float = 0.0
+    logits: Float[Tensor, "batch classes"],
+    *,
+    labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Softmax cross entropy, a mean over the global batch; `label_smoothing` is the share spread over all classes."""
-    total = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing, reduction="sum")
-    return global_mean(total, count=labels.new_full((), len(labels)))
+    """Softmax cross entropy, a mean over the global batch; `label_smoothing` is the share spread over all classes.
+
+    `labels` are class numbers, or soft: the share of each class, as mixup and CutMix give them, 1 in all in each row.
+    Computed in fp32 (float64 for float64).
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
+    total = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
+    return global_mean(total, count=labels.new_full((), len(labels), dtype=torch.int64))

@@ -156,6 +156,26 @@ def test_classification_with_smoothing(label_smoothing: float) -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.3])
+def test_classification_of_soft_labels(label_smoothing: float) -> None:
+    """Cross entropy against smoothed shares, in float64; and a share of 1 is the class itself."""
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    shares = torch.rand(5, 4, dtype=torch.float64, generator=generator).softmax(dim=1)
+    expected = 0.0
+    for row, own in zip(logits.tolist(), shares.tolist(), strict=True):
+        smoothed = [(1 - label_smoothing) * share + label_smoothing / 4 for share in own]
+        expected += sum(share * negative_log_softmax(row, right=c) for c, share in enumerate(smoothed)) / 5
+    loss = classification_loss(logits, labels=shares, label_smoothing=label_smoothing)
+    assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected, rel=1e-14)
+    numbers = torch.tensor([3, 0, 1, 1, 2])
+    of_numbers = classification_loss(logits, labels=numbers, label_smoothing=label_smoothing)
+    of_shares = classification_loss(logits, labels=F.one_hot(numbers, 4).float(), label_smoothing=label_smoothing)
+    assert of_shares.item() == pytest.approx(of_numbers.item(), rel=1e-14)
+    halves = classification_loss(logits.to(torch.bfloat16), labels=shares)
+    assert halves.dtype == torch.float32  # bf16 would round the loss to 2 or 3 decimals
+
+
 # Rows of two ranks: equal, unequal, and none at all on one of them.
 SPLITS = ((3, 3), (3, 2), (5, 0), (0, 5))
 CHUNKS = (None, 2)
@@ -166,6 +186,7 @@ def losses_of_rows(rows: slice, *, chunk_rows: int | None) -> dict[str, tuple[Te
     """Each loss of those rows of a made-up batch, with its gradients by the weights of a small linear model."""
     generator = torch.Generator().manual_seed(3)
     features, labels = torch.randn(6, 5, dtype=torch.float64, generator=generator), torch.tensor([0, 3, 1, 1, 2, 0])
+    shares = torch.rand(6, 4, dtype=torch.float64, generator=generator).softmax(dim=1)
     weights = [torch.randn(5, 4, dtype=torch.float64, generator=generator, requires_grad=True) for _ in range(2)]
     scale = torch.tensor(SCALE, dtype=torch.float64, requires_grad=True)
     image, text = (F.normalize(features[rows] @ weight, dim=1) for weight in weights)
@@ -175,6 +196,7 @@ def losses_of_rows(rows: slice, *, chunk_rows: int | None) -> dict[str, tuple[Te
         "contrastive": contrastive_loss(image, text=text, scale=scale, chunk_rows=chunk_rows),
         "caption": global_mean(caption_total, count=counts.sum()),
         "classification": classification_loss(features[rows] @ weights[1], labels=labels[rows], label_smoothing=0.1),
+        "soft classification": classification_loss(features[rows] @ weights[1], labels=shares[rows]),
     }
     leaves = [*weights, scale]
     return {
@@ -200,10 +222,9 @@ def test_the_mean_over_ranks_is_the_global_loss_and_gradient() -> None:
     for (split, chunk_rows), *of_ranks in zip(cases, *ranks, strict=True):
         for name, (value, gradients) in losses_of_rows(slice(0, sum(split)), chunk_rows=None).items():
             case = f"{name} of {split} rows, chunks of {chunk_rows}"
-            tolerance = 1e-6 if name == "classification" else 1e-12  # logits are taken in fp32
             mean = sum(losses_of_rank[name][0] for losses_of_rank in of_ranks) / 2
-            assert float(mean) == pytest.approx(float(value), rel=tolerance), case
+            assert float(mean) == pytest.approx(float(value), rel=1e-12), case
             assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-2, case
             for index, gradient in enumerate(gradients):
                 mean_gradient = sum(losses_of_rank[name][1][index] for losses_of_rank in of_ranks) / 2
-                torch.testing.assert_close(mean_gradient, gradient, rtol=0, atol=tolerance, msg=case)
+                torch.testing.assert_close(mean_gradient, gradient, rtol=0, atol=1e-12, msg=case)

@@ -29,11 +29,9 @@ from coca_video.data.frame_cache_format import (
     record_dtype,
     shard_path,
 )
-from coca_video.data.loader import SampleKey, Unreadable
+from coca_video.data.loader import SampleKey
 from coca_video.data.manifest import Manifest
-from coca_video.data.sampling import sample_rng, uniform_indices
-from coca_video.data.transforms import horizontal_flip, random_crop_box, resize_crop, square_crop_box
-from coca_video.data.video import NO_LABEL, Clip, ClipConfig
+from coca_video.data.video import ClipConfig, VideoDataset, clip_indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +211,27 @@ class FrameCache:
         return record
 
 
+def check_kept(kept: FrameCacheConfig, *, config: ClipConfig, folder: Path) -> None:
+    """ValueError if clips of `config` need frames or pixels that a cache of `kept` (in `folder`) does not keep."""
+    if config.sampling == "dense":
+        raise ValueError(
+            f"The frame cache {folder} keeps {kept.num_frames} frames spread evenly over a clip, and dense sampling "
+            'needs frames that lie close together; take sampling "uniform", or the videos themselves.'
+        )
+    if config.num_frames > kept.num_frames:
+        raise ValueError(
+            f"The frame cache {folder} keeps {kept.num_frames} frames of a clip, and {config.num_frames} are asked "
+            "for; ask for fewer, or build a cache of more."
+        )
+    if config.image_size > kept.short_side:
+        raise ValueError(
+            f"The frame cache {folder} keeps frames of {kept.short_side} pixels, and images of {config.image_size} "
+            "are asked for; build a cache with a short side of at least that."
+        )
+
+
 @dataclass(frozen=True)
-class CachedVideoDataset:
+class CachedVideoDataset(VideoDataset):
     """The clips of `VideoDataset`, from a frame cache: the segments are of the cached frames, the box of their size.
 
     With no more frames in a clip than are cached, the same frames and box as `VideoDataset`'s for every key, but for
@@ -225,63 +242,19 @@ class CachedVideoDataset:
             `config` names a decoder, which has nothing to decode here.
     """
 
-    manifest: Manifest
     _: KW_ONLY
     cache: FrameCache
-    config: ClipConfig
-    seed: int
 
     def __post_init__(self) -> None:
         self.cache.check_manifest(self.manifest)
-        kept = self.cache.config
-        if self.config.num_frames > kept.num_frames:
-            raise ValueError(
-                f"The frame cache {self.cache.folder} keeps {kept.num_frames} frames of a clip, and "
-                f"{self.config.num_frames} are asked for; ask for fewer, or build a cache of more."
-            )
-        if self.config.image_size > kept.short_side:
-            raise ValueError(
-                f"The frame cache {self.cache.folder} keeps frames of {kept.short_side} pixels, and images of "
-                f"{self.config.image_size} are asked for; build a cache with a short side of at least that."
-            )
+        check_kept(self.cache.config, config=self.config, folder=self.cache.folder)
         if self.config.decoder != "auto":
             raise ValueError(f'The decoder "{self.config.decoder}" has no effect on a frame cache; take "auto".')
 
-    def __len__(self) -> int:
-        return len(self.manifest.rows)
-
-    def __getitem__(self, key: SampleKey) -> Clip | Unreadable:
-        """The clip of row key.index, or the name and cause of a video that could not be read."""
-        row = self.manifest.rows[key.index]
-        label = NO_LABEL if row.label is None else self.manifest.label_index(row)
-        try:
-            if (cause := self.cache.cause(key.index)) is not None:
-                return Unreadable(key=row.video_id, cause=f"{row.path}: {cause}")
-            cached = self.cache.clip(key.index)
-            positions = self._positions(cached, key=key)
-            frames = within(self.config.timeout_seconds, lambda: cached.frames(positions), name=cached.name)
-        except UnreadableVideo as error:
-            return Unreadable(key=row.video_id, cause=str(error))
-        times_seconds = cached.times_seconds[positions]
-        return Clip(frames=self._crop(frames, key=key), label=label, video_id=row.video_id, times_seconds=times_seconds)
-
-    def _positions(self, cached: CachedClip, *, key: SampleKey) -> list[int]:
-        offsets = (
-            self._rng(key, purpose="frame offsets").random(self.config.num_frames) if self.config.augment else None
-        )
-        return [int(i) for i in uniform_indices(len(cached), num_samples=self.config.num_frames, offsets=offsets)]
-
-    def _crop(
-        self, frames: UInt8[Tensor, "frames 3 height width"], *, key: SampleKey
-    ) -> UInt8[Tensor, "frames 3 size size"]:
-        config, (height, width) = self.config, frames.shape[-2:]
-        box = square_crop_box(height, width)
-        if config.augment:
-            box = random_crop_box(height, width, rng=self._rng(key, purpose="crop"), scale=config.crop_scale)
-        frames = resize_crop(frames, box=box, size=config.image_size, interpolation=config.interpolation)
-        if config.augment and self._rng(key, purpose="flip").random() < config.flip_probability:
-            frames = horizontal_flip(frames)
-        return frames
-
-    def _rng(self, key: SampleKey, *, purpose: str) -> np.random.Generator:
-        return sample_rng(seed=self.seed, epoch=key.epoch, index=key.index, purpose=purpose)
+    def _read(self, key: SampleKey) -> tuple[UInt8[Tensor, "frames 3 height width"], Float64[np.ndarray, "frames"]]:
+        if (cause := self.cache.cause(key.index)) is not None:
+            raise UnreadableVideo(f"{self.manifest.rows[key.index].path}: {cause}")
+        cached = self.cache.clip(key.index)
+        positions = clip_indices(len(cached), config=self.config, seed=self.seed, key=key).tolist()
+        frames = within(self.config.timeout_seconds, lambda: cached.frames(positions), name=cached.name)
+        return frames, cached.times_seconds[positions]

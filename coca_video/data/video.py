@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,20 +14,30 @@ from coca_video.data.deadline import within
 from coca_video.data.decode import Backend, UnreadableVideo, VideoSource, open_video
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.manifest import Manifest
-from coca_video.data.sampling import frame_window, sample_rng, uniform_indices
-from coca_video.data.transforms import Interpolation, horizontal_flip, random_crop_box, resize_crop, square_crop_box
+from coca_video.data.sampling import (
+    clip_starts,
+    dense_indices,
+    frame_window,
+    random_dense_start,
+    sample_rng,
+    uniform_indices,
+)
+from coca_video.data.transforms import Interpolation, random_crop_box, resize_crop, square_crop_box
+
+Sampling = Literal["uniform", "dense"]
 
 NO_LABEL = -1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """How a clip is made of a video: num_frames uniformly sampled frames of image_size x image_size pixels.
+    """How a clip is made of a video: num_frames frames of image_size x image_size pixels.
 
-    augment draws a random frame within each segment, a random box of crop_scale times the area, and a flip with
-    flip_probability; without it the frames are the segments' centres and the box is the central square. One box and
-    one flip hold for the whole clip. No flip by default: it turns "sliding left" into "sliding right". A clip that
-    takes longer than timeout_seconds to read counts as unreadable.
+    sampling: "uniform" takes one frame from each of num_frames equal parts of the whole video, "dense" every
+    stride-th frame of a part of it. augment draws a random frame within each part, or where the dense clip starts, and
+    a random box of crop_scale times the area; without it the frames are the parts' centres, or the dense clip lies in
+    the middle, and the box is the central square. One box holds for the whole clip. A clip that takes longer than
+    timeout_seconds to read counts as unreadable.
     """
 
     num_frames: int = 16
@@ -36,7 +47,8 @@ class ClipConfig:
     timeout_seconds: float = 60.0
     augment: bool = False
     crop_scale: tuple[float, float] = (0.5, 1.0)
-    flip_probability: float = 0.0
+    sampling: Sampling = "uniform"
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.image_size < 1:
@@ -47,14 +59,22 @@ class ClipConfig:
             raise ValueError(f"expected timeout_seconds above 0, got {self.timeout_seconds}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"expected crop_scale as 0 < low <= high <= 1, got {self.crop_scale}")
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"expected flip_probability between 0 and 1, got {self.flip_probability}")
+        check_stride(self.stride, sampling=self.sampling)
+
+
+def check_stride(stride: int | None, *, sampling: Sampling) -> None:
+    """ValueError for a stride without dense sampling, for dense sampling without one, and for one below 1."""
+    if sampling == "uniform" and stride is not None:
+        raise ValueError(f'a stride of {stride} does nothing with sampling "uniform"; take "dense", or no stride')
+    if sampling == "dense" and (stride is None or stride < 1):
+        raise ValueError(f'sampling "dense" needs a stride of at least 1 frame, got {stride}')
 
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
     """A sample: RGB frames, the class number (-1: unlabelled), and when in the video each frame is first shown."""
 
+    key: SampleKey
     frames: UInt8[Tensor, "frames 3 height width"]
     label: int
     video_id: str
@@ -63,8 +83,9 @@ class Clip:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipBatch:
-    """Clips of one size, stacked."""
+    """Clips of one size, stacked; `keys` are what each was asked for by, for whoever draws more of its randomness."""
 
+    keys: tuple[SampleKey, ...]
     frames: UInt8[Tensor, "batch frames 3 height width"]
     labels: Int64[Tensor, "batch"]
     video_ids: tuple[str, ...]
@@ -87,22 +108,29 @@ class VideoDataset:
         row = self.manifest.rows[key.index]
         label = NO_LABEL if row.label is None else self.manifest.label_index(row)
         try:
-            frames, times_seconds = _read_frames(
-                row.path,
-                config=self.config,
-                start_seconds=row.start_seconds,
-                end_seconds=row.end_seconds,
-                seed=self.seed,
-                key=key,
-            )
+            frames, times_seconds = self._read(key)
         except UnreadableVideo as error:
             return Unreadable(key=row.video_id, cause=str(error))
-        return Clip(frames=frames, label=label, video_id=row.video_id, times_seconds=times_seconds)
+        frames = _crop(frames, config=self.config, seed=self.seed, key=key)
+        return Clip(key=key, frames=frames, label=label, video_id=row.video_id, times_seconds=times_seconds)
+
+    def _read(self, key: SampleKey) -> tuple[UInt8[Tensor, "frames 3 height width"], Float64[np.ndarray, "frames"]]:
+        """Frames as they are and their times; UnreadableVideo with the cause."""
+        row = self.manifest.rows[key.index]
+        return _read_frames(
+            row.path,
+            config=self.config,
+            start_seconds=row.start_seconds,
+            end_seconds=row.end_seconds,
+            seed=self.seed,
+            key=key,
+        )
 
 
 def collate_clips(clips: Sequence[Clip]) -> ClipBatch:
     """Stacks clips of one shape."""
     return ClipBatch(
+        keys=tuple(clip.key for clip in clips),
         frames=torch.stack([clip.frames for clip in clips]),
         labels=torch.tensor([clip.label for clip in clips], dtype=torch.int64),
         video_ids=tuple(clip.video_id for clip in clips),
@@ -116,11 +144,28 @@ def load_clip(source: VideoSource, *, config: ClipConfig) -> Clip:
     """
     if config.augment:
         raise ValueError("expected augment=False to load a single file: there is no seed and epoch to augment by")
-    frames, times_seconds = _read_frames(
-        source, config=config, start_seconds=None, end_seconds=None, seed=0, key=SampleKey(epoch=0, index=0)
-    )
+    key = SampleKey(epoch=0, index=0)
+    frames, times_seconds = _read_frames(source, config=config, start_seconds=None, end_seconds=None, seed=0, key=key)
+    frames = _crop(frames, config=config, seed=0, key=key)
     video_id = Path(source).stem if isinstance(source, str | Path) else ""
-    return Clip(frames=frames, label=NO_LABEL, video_id=video_id, times_seconds=times_seconds)
+    return Clip(key=key, frames=frames, label=NO_LABEL, video_id=video_id, times_seconds=times_seconds)
+
+
+def clip_indices(
+    num_frames: int, *, config: ClipConfig, seed: int, key: SampleKey
+) -> Int64[np.ndarray, "{config.num_frames}"]:
+    """Which of `num_frames` frames make the clip; with augment a function of (seed, key)."""
+    count = config.num_frames
+    if config.sampling == "uniform":
+        offsets = _rng(seed, key=key, purpose="frame offsets").random(count) if config.augment else None
+        return uniform_indices(num_frames, num_samples=count, offsets=offsets)
+    assert config.stride is not None
+    if config.augment:
+        fraction = float(_rng(seed, key=key, purpose="clip start").random())
+        start = random_dense_start(num_frames, num_samples=count, stride=config.stride, fraction=fraction)
+    else:
+        start = int(clip_starts(num_frames, num_clips=1, num_samples=count, stride=config.stride)[0])
+    return dense_indices(num_frames, num_samples=count, stride=config.stride, start=start)
 
 
 def _read_frames(
@@ -140,15 +185,11 @@ def _read_frames(
                 first, last = frame_window(reader.times_seconds, start_seconds=start_seconds, end_seconds=end_seconds)
             except ValueError as error:
                 raise UnreadableVideo(f"{reader.name}: {error}") from error
-            offsets = None
-            if config.augment:
-                offsets = _rng(seed, key=key, purpose="frame offsets").random(config.num_frames)
-            indices = first + uniform_indices(last - first, num_samples=config.num_frames, offsets=offsets)
+            indices = first + clip_indices(last - first, config=config, seed=seed, key=key)
             return reader.frames(indices.tolist()), reader.times_seconds[indices]
 
     name = str(source) if isinstance(source, str | Path) else "the video given"
-    frames, times_seconds = within(config.timeout_seconds, read, name=name)
-    return _crop(frames, config=config, seed=seed, key=key), times_seconds
+    return within(config.timeout_seconds, read, name=name)
 
 
 def _crop(
@@ -158,10 +199,7 @@ def _crop(
     box = square_crop_box(height, width)
     if config.augment:
         box = random_crop_box(height, width, rng=_rng(seed, key=key, purpose="crop"), scale=config.crop_scale)
-    frames = resize_crop(frames, box=box, size=config.image_size, interpolation=config.interpolation)
-    if config.augment and _rng(seed, key=key, purpose="flip").random() < config.flip_probability:
-        frames = horizontal_flip(frames)
-    return frames
+    return resize_crop(frames, box=box, size=config.image_size, interpolation=config.interpolation)
 
 
 def _rng(seed: int, *, key: SampleKey, purpose: str) -> np.random.Generator:

@@ -2,29 +2,30 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from coca_video.data.augment import AugmentConfig, flips_allowed
+from coca_video.data.frame_cache_format import FrameCacheConfig
 from coca_video.data.manifest import Manifest, read_manifest
-from coca_video.data.video import ClipConfig, VideoDataset, collate_clips
+from coca_video.data.video import ClipBatch, ClipConfig, VideoDataset, check_stride, collate_clips
 from coca_video.eval.classification import ClassificationResult, evaluate_clips, evaluate_tokens, write_result
-from coca_video.eval.features import TokenDataset, collate_tokens, encode_batch, encode_clips
+from coca_video.eval.features import TokenBatch, TokenDataset, collate_tokens, encode_frames
 from coca_video.hub import Saved, fingerprint, load, save
 from coca_video.losses import classification_loss
 from coca_video.models.image import ImageConfig, resize_encoder
 from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 from coca_video.train.loop import Device, LoopConfig, Training, pick_device, progress_bar, run_loop
 from coca_video.train.optim import OptimConfig, build_optimizer, update
+from coca_video.train.probe_data import augment_batch, cached_clips, cached_tokens, check_decoder
 from coca_video.train.run import Run
 from coca_video.train.window import Sum
-
-MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,17 +70,25 @@ class ProbeConfig:
     out: Path
     """Folder of the run; the same command goes on where it stopped."""
     num_frames: int = 16
-    """Frames a clip, uniformly spread; one is the middle frame: an image probe."""
+    """Frames a clip; one is the middle frame: an image probe."""
+    sampling: Literal["uniform", "dense"] = "uniform"
+    """uniform spreads the frames over the clip; dense takes every stride-th of a part of it, in tests the middle."""
+    stride: int | None = None
+    """Frames of the video from one to the next, with dense sampling."""
     image_size: int | None = None
     """In px; the encoder's own when None."""
     cache_tokens: bool = False
     """Encode each clip once and keep its tokens in memory: many times faster, without augmentation."""
     augment: bool = True
-    """Draw frames within their segments, crop and flip anew in each epoch."""
+    """Draw frames, crop and what `augmentation` says anew in each epoch."""
     min_crop_area: float = 0.5
     """Smallest share of the frame that an augmenting crop keeps."""
-    flip_probability: float = 0.5
-    """Of an augmenting flip; 0 for actions that tell left from right."""
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
+    """What else augments the training clips, on the device."""
+    frame_cache: Path | None = None
+    """Folder for JPEG copies of the frames of each clip, built once and read in place of the videos."""
+    cache: FrameCacheConfig = field(default_factory=FrameCacheConfig)
+    """What the frame cache keeps."""
     label_smoothing: float = 0.1
     """Share of the target spread over all classes (CoCa Table 9: 0.1 for Kinetics)."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -93,14 +102,33 @@ class ProbeConfig:
                 "cache_tokens keeps one encoding of each clip, so augment would do nothing: "
                 "give --no-augment with --cache-tokens, or neither."
             )
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in ("min_crop_area", "flip_probability"):
-            if not self.augment and getattr(self, name) != defaults[name]:
-                raise ValueError(f"--{name.replace('_', '-')} does nothing without --augment; give both, or neither.")
+        check_stride(self.stride, sampling=self.sampling)
+        if not self.augment:
+            changed = _changed(self.augmentation, prefix="augmentation.")
+            changed += ["min-crop-area"] if self.min_crop_area != type(self).min_crop_area else []
+            _check_no_effect(changed, without="augment")
+        if self.frame_cache is None:
+            _check_no_effect(_changed(self.cache, prefix="cache."), without="frame-cache")
+        if self.loop.batch_size == 1 and (self.augmentation.mixup_alpha or self.augmentation.cutmix_alpha):
+            raise ValueError(
+                "mixup and CutMix mix the clips of a batch with each other, and --loop.batch-size is 1; "
+                "take a larger batch, or neither of them."
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--label-smoothing must be at least 0 and below 1; got {self.label_smoothing}.")
         if self.loop.evaluate_every and self.clips.test is None and self.clips.test_split is None:
             raise ValueError("--loop.evaluate-every does nothing without a test split; give one, or leave it out.")
+
+
+def _changed(config: AugmentConfig | FrameCacheConfig, *, prefix: str) -> list[str]:
+    """The options that are not at their defaults, as the command line has them."""
+    names = [field.name for field in fields(config) if getattr(config, field.name) != field.default]
+    return [prefix + name.replace("_", "-") for name in names]
+
+
+def _check_no_effect(changed: list[str], *, without: str) -> None:
+    if changed:
+        raise ValueError(f"--{changed[0]} does nothing without --{without}; give both, or neither.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,12 +143,16 @@ class ProbeResult:
 def probe_step(
     model: VideoClassifier, tokens: Tensor, optimizer: torch.optim.Optimizer, *, labels: Tensor, config: ProbeConfig
 ) -> dict[str, Sum]:
-    """One update of the head on tokens [batch, tokens, dim] of frozen frames."""
+    """One update of the head on tokens [batch, tokens, dim] of frozen frames.
+
+    labels: [batch] class numbers or [batch, classes] shares; `top1` then counts against the class of the larger share.
+    """
     with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=config.loop.precision == "bf16"):
         logits = model.classify(tokens)
     loss = classification_loss(logits, labels=labels, label_smoothing=config.label_smoothing)
     norm = update(optimizer, loss=loss, gradient_clip=config.optim.gradient_clip)
-    correct = (logits.argmax(dim=1) == labels).sum()
+    heaviest = labels.argmax(dim=1) if labels.is_floating_point() else labels
+    correct = (logits.argmax(dim=1) == heaviest).sum()
     return {"loss": Sum(loss, 1), "top1": Sum(correct, len(labels)), "gradient_norm": Sum(norm, 1)}
 
 
@@ -153,6 +185,9 @@ def run_probe(config: ProbeConfig) -> ProbeResult:
             "data": str((config.clips.test or config.clips.train).resolve()),
             "split": config.clips.test_split,
             "num_frames": config.num_frames,
+            "sampling": config.sampling,
+            "stride": config.stride,
+            "frames": "videos" if config.frame_cache is None else "JPEG cache",
         }
         result_file.unlink(missing_ok=True)  # of a start that was killed before it had written its model
         path = write_result(run.folder, name="test", result=result, facts=facts)
@@ -232,19 +267,20 @@ def _training(
     device: torch.device,
 ) -> tuple[Training, _TestEvaluation | None]:
     """What the loop needs, and what evaluates; both on cached tokens, or both on clips."""
+    check_decoder(config.clips.decoder)
     optimizer = build_optimizer(model, config=config.optim)
-    bf16 = config.loop.precision == "bf16"
     train_clips = _clips(train, config=config, model=model, augment=config.augment)
     dataset: VideoDataset | TokenDataset = train_clips
     if config.cache_tokens:
-        dataset = _cached(model, train_clips, what="training", config=config, run=run, device=device)
+        dataset = _tokens(model, train_clips, what="training", config=config, run=run, device=device)
     evaluation = None
     if test is not None:
         evaluation = _test_evaluation(model, test=test, config=config, run=run, device=device)
+    encode = _Encode(model=model, manifest=train, config=config, device=device)
 
-    def step(batch: Any) -> dict[str, Sum]:
-        batch = batch if config.cache_tokens else encode_batch(model, batch, device=device, bf16=bf16)
-        return probe_step(model, batch.tokens, optimizer, labels=batch.labels, config=config)
+    def step(batch: ClipBatch | TokenBatch) -> dict[str, Sum]:
+        tokens, labels = encode(batch) if isinstance(batch, ClipBatch) else (batch.tokens, batch.labels)
+        return probe_step(model, tokens, optimizer, labels=labels, config=config)
 
     training = Training(
         model=model,
@@ -253,9 +289,33 @@ def _training(
         dataset=dataset,
         collate=collate_tokens if config.cache_tokens else collate_clips,
         evaluate=None if evaluation is None else evaluation.metrics,
-        num_workers=0 if config.cache_tokens else config.loop.num_workers,  # tokens are at hand, on the device
+        num_workers=0 if config.cache_tokens else config.loop.num_workers,
+        device=None if config.cache_tokens else device,  # tokens are at hand, on the device
     )
     return training, evaluation
+
+
+class _Encode:
+    """Training clips to tokens of the frozen encoder and labels, augmented before if the config says so."""
+
+    def __init__(
+        self, *, model: VideoClassifier, manifest: Manifest, config: ProbeConfig, device: torch.device
+    ) -> None:
+        self._model, self._manifest, self._config, self._device = model, manifest, config, device
+        self._flips_allowed = flips_allowed(manifest.classes)
+
+    def __call__(self, batch: ClipBatch) -> tuple[Tensor, Tensor]:
+        config, frames, labels = self._config, batch.frames, batch.labels
+        if config.augment:
+            # By the manifest: asking the labels on a GPU would wait for all the work that it has been given.
+            rows = [self._manifest.rows[key.index] for key in batch.keys]
+            classes = np.array([self._manifest.label_index(row) for row in rows])
+            may_flip = self._flips_allowed[classes]
+            frames, labels = augment_batch(
+                batch, config=config.augmentation, seed=config.loop.seed, may_flip=may_flip, model=self._model
+            )
+        bf16 = config.loop.precision == "bf16"
+        return encode_frames(self._model, frames, device=self._device, bf16=bf16), labels
 
 
 def _test_evaluation(
@@ -263,7 +323,7 @@ def _test_evaluation(
 ) -> _TestEvaluation:
     clips = _clips(test, config=config, model=model, augment=False)
     if config.cache_tokens:
-        tokens = _cached(model, clips, what="test", config=config, run=run, device=device)
+        tokens = _tokens(model, clips, what="test", config=config, run=run, device=device)
         return _TestEvaluation(evaluate=lambda: evaluate_tokens(model, dataset=tokens, classes=test.classes))
 
     def evaluate() -> ClassificationResult:
@@ -282,6 +342,7 @@ def _test_evaluation(
 
 
 def _clips(manifest: Manifest, *, config: ProbeConfig, model: VideoClassifier, augment: bool) -> VideoDataset:
+    """The clips of the videos, or of their frame cache."""
     clip = ClipConfig(
         num_frames=config.num_frames,
         image_size=model.config.image.image_size,
@@ -290,24 +351,18 @@ def _clips(manifest: Manifest, *, config: ProbeConfig, model: VideoClassifier, a
         timeout_seconds=config.clips.timeout_seconds,
         augment=augment,
         crop_scale=(config.min_crop_area, 1.0),
-        flip_probability=config.flip_probability,
+        sampling=config.sampling,
+        stride=config.stride,
     )
-    return VideoDataset(manifest, config=clip, seed=config.loop.seed)
+    if config.frame_cache is None:
+        return VideoDataset(manifest, config=clip, seed=config.loop.seed)
+    return cached_clips(manifest, folder=config.frame_cache, kept=config.cache, config=clip, loop=config.loop)
 
 
-def _cached(
+def _tokens(
     model: VideoClassifier, clips: VideoDataset, *, what: str, config: ProbeConfig, run: Run, device: torch.device
 ) -> TokenDataset:
-    """Encodes `clips` with a bar, and says what they take in memory; what cannot be read is noted in the run."""
-    with progress_bar(f"encoding {what} clips", total=len(clips)) as bar:
-        tokens = encode_clips(
-            model,
-            dataset=clips,
-            device=device,
-            num_workers=config.loop.num_workers,
-            bf16=config.loop.precision == "bf16",
-            on_batch=bar.update,
-        )
-    print(f"Tokens of {len(tokens)} {what} clips: {tokens.batch.tokens.nbytes / MEBIBYTE:.0f} MiB.", file=sys.stderr)
+    """The clips' tokens; what cannot be read is noted in the run."""
+    tokens = cached_tokens(model, clips, what=what, loop=config.loop, device=device)
     run.note_unreadable(list(tokens.unreadable))
     return tokens

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from coca_video.data.loader import Order, Share, Unreadable, batches
+from coca_video.data.prefetch import to_device_ahead
 from coca_video.distributed import (
     Strategy,
     any_rank,
@@ -78,7 +79,10 @@ class Stopped(KeyboardInterrupt):
 
 @dataclass(kw_only=True)
 class Training:
-    """What one run trains and on what. `step` does one update on a collated batch and returns what is to be logged."""
+    """What one run trains and on what. `step` does one update on a collated batch and returns what is to be logged.
+
+    `device` is where batches are brought before the step, one ahead of it; None leaves them where they are.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -87,6 +91,7 @@ class Training:
     collate: Callable[[Any], Any]
     evaluate: Callable[[], dict[str, float]] | None = None
     num_workers: int = 0
+    device: torch.device | None = None
 
 
 def pick_device(device: Device) -> torch.device:
@@ -117,15 +122,7 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
     order = Order(num_samples=len(training.dataset), batch_size=config.batch_size, seed=config.seed)
     share = Share(rank(), world_size())
     own_samples = len(share.of(order.batch(0)))
-    stream = batches(
-        training.dataset,
-        order=order,
-        first_step=first,
-        last_step=config.steps,
-        workers=training.num_workers,
-        collate=training.collate,
-        share=share,
-    )
+    stream = _stream(training, order=order, share=share, first=first, last=config.steps)
     training.model.train()
     with (
         closing(run.log),
@@ -150,6 +147,24 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
             )
     if average is not None:
         average.keep()
+
+
+def _stream(
+    training: Training, *, order: Order, share: Share, first: int, last: int
+) -> Generator[tuple[Any, list[Unreadable]], None, None]:
+    """The batches of updates `first` to `last`, on the device of the training."""
+    device = training.device
+    stream = batches(
+        training.dataset,
+        order=order,
+        first_step=first,
+        last_step=last,
+        workers=training.num_workers,
+        collate=training.collate,
+        share=share,
+        pin_memory=device is not None and device.type == "cuda",
+    )
+    return stream if device is None else to_device_ahead(stream, device=device)
 
 
 def _note_unreadable(unreadable: list[Unreadable], *, window: Window, run: Run) -> None:

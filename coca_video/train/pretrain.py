@@ -165,6 +165,7 @@ def _run(config: PretrainConfig, *, device: torch.device) -> PretrainResult:
         collate=CollatePairs(tokenizer=tokenizer),
         evaluate=_retrieval_metrics(model, tokenizer=tokenizer, config=config, run=run, device=device),
         num_workers=config.loop.num_workers,
+        device=device,
     )
     run_loop(training, config=config.loop, optim=config.optim, run=run)
     whole = whole_model(model, fresh=lambda: CoCa(config.model))

@@ -5,7 +5,8 @@ Lay them out as clips/train/<class>/*.mp4 and clips/test/<class>/*.mp4, or write
     coca-video probe configs/probe/own_clips.py --encoder.model runs/flickr8k_small --clips.train clips --out runs/mine
 
 With few clips and no GPU this encodes every clip once and trains on the tokens. With many, draw other frames and crops
-in every epoch instead: --no-cache-tokens --augment --loop.num-workers 2.
+in every epoch instead: --no-cache-tokens --augment --loop.num-workers 2. There --frame-cache DIR decodes each video
+only once, and --augmentation.mixup-alpha, --augmentation.rand-augment-num-ops and so on change the pixels more.
 """
 
 from pathlib import Path

@@ -192,7 +192,7 @@ def test_predictions_are_probabilities_in_order(model: Path, clips: Path, capsys
     [
         (
             ["probee"],
-            "there is no verb 'probee'; expected one of quickstart, doctor, prepare, transcode, tokenizer, pretrain, probe,",
+            "there is no verb 'probee'; expected one of quickstart, doctor, prepare, transcode, tokenizer,",
         ),
         (["probe"], "expected a config file, such as configs/probe/own_clips.py; none was given."),
         (["pretrain"], "expected a config file, such as configs/pretrain/flickr8k_small.py; none was given."),

@@ -121,7 +121,7 @@ class Clips:
         if key.index == 2:
             return Unreadable(key="2", cause="two")
         frames = torch.full((2, 3, 4, 4), key.index, dtype=torch.uint8)
-        return Clip(frames=frames, label=key.index, video_id=str(key.index), times_seconds=np.zeros(2))
+        return Clip(key=key, frames=frames, label=key.index, video_id=str(key.index), times_seconds=np.zeros(2))
 
 
 def clip_steps(*, pin_memory: bool = False) -> Generator[tuple[ClipBatch | None, list[Unreadable]], None, None]:

@@ -141,7 +141,7 @@ def test_no_label(video_path: Path) -> None:
 
 
 def test_augmented_clips_are_a_function_of_seed_epoch_and_index(video_path: Path) -> None:
-    settings = {"copies": 3, "augment": True, "flip_probability": 0.5}
+    settings = {"copies": 3, "augment": True}
     keys = [SampleKey(epoch=epoch, index=index) for epoch in (0, 1) for index in (0, 1, 2)]
     one, two = dataset(video_path, **settings), dataset(video_path, **settings)
     clips = [one[key] for key in keys]
@@ -154,7 +154,7 @@ def test_augmented_clips_are_a_function_of_seed_epoch_and_index(video_path: Path
 
 
 def test_without_augmentation_nothing_is_random(video_path: Path) -> None:
-    frames = dataset(video_path, flip_probability=1.0, crop_scale=(0.1, 0.2))[FIRST].frames
+    frames = dataset(video_path, crop_scale=(0.1, 0.2))[FIRST].frames
     for seed, key in ((0, SampleKey(epoch=7, index=1)), (5, FIRST)):
         assert torch.equal(dataset(video_path, seed=seed, copies=2)[key].frames, frames)
 
@@ -173,24 +173,39 @@ def test_the_central_square(wide_path: Path) -> None:
     assert torch.equal(clip.frames, v2.functional.resize(cut, [32, 32], antialias=True))
 
 
-@pytest.mark.parametrize("flip", [0.0, 1.0])
-def test_one_box_and_one_flip_for_the_whole_clip(wide_path: Path, flip: float) -> None:
-    clips = dataset(wide_path, seed=4, num_frames=12, image_size=32, augment=True, flip_probability=flip)
+def test_one_box_for_the_whole_clip(wide_path: Path) -> None:
+    clips = dataset(wide_path, seed=4, num_frames=12, image_size=32, augment=True)
     key = SampleKey(epoch=3, index=0)
     rng = sample_rng(seed=4, epoch=3, index=0, purpose="crop")
     box = random_crop_box(96, 160, rng=rng, scale=(0.5, 1.0))
     expected = resize_crop(open_video(wide_path).frames(range(12)), box=box, size=32)  # 12 segments of one frame
-    assert torch.equal(clips[key].frames, expected.flip(-1) if flip else expected)
+    assert torch.equal(clips[key].frames, expected)
 
 
-def test_the_flip_falls_at_its_rate(wide_path: Path) -> None:
-    clips = dataset(wide_path, num_frames=1, image_size=16, augment=True, flip_probability=0.25)
-    never = dataset(wide_path, num_frames=1, image_size=16, augment=True)
-    keys = [SampleKey(epoch=epoch, index=0) for epoch in range(80)]
-    flipped = [not torch.equal(clips[key].frames, never[key].frames) for key in keys]
-    own_draws = [sample_rng(seed=0, epoch=key.epoch, index=0, purpose="flip").random() for key in keys]
-    assert flipped == [draw < 0.25 for draw in own_draws]  # independent of the draws for the box
-    assert 5 <= sum(flipped) <= 35  # binomial(80, 0.25) = 20 +- 4 deviations of 3.9
+def test_a_dense_clip_lies_in_the_middle(video_path: Path) -> None:
+    """Frames 0 to 59; 4 frames 6 apart are 19 long, so that starts are 0 to 41 and the middle one is 20."""
+    clip = dataset(video_path, num_frames=4, sampling="dense", stride=6)[FIRST]
+    assert numbers_shown(clip.frames) == [20, 26, 32, 38]
+    np.testing.assert_allclose(clip.times_seconds, [2.0, 2.6, 3.2, 3.8], rtol=0, atol=1e-9)
+    window = {"start_seconds": 1.0, "end_seconds": 2.0}  # frames 10 to 19: starts 10 to 16 for 4 frames
+    clip = dataset(video_path, row=window, num_frames=2, sampling="dense", stride=3)[FIRST]
+    assert numbers_shown(clip.frames) == [13, 16]
+    clip = dataset(video_path, row=window, num_frames=4, sampling="dense", stride=5)[FIRST]
+    assert numbers_shown(clip.frames) == [10, 15, 19, 19]  # longer than the window: its last frame again
+
+
+def test_augmented_dense_clips_start_anywhere(video_path: Path) -> None:
+    clips = dataset(video_path, num_frames=4, image_size=16, augment=True, sampling="dense", stride=18, seed=2)
+    whole = dataset(video_path, num_frames=60, image_size=16)[FIRST].times_seconds
+    starts = set()
+    for epoch in range(60):
+        clip = clips[SampleKey(epoch=epoch, index=0)]
+        numbers = np.searchsorted(whole, clip.times_seconds - 1e-6).tolist()
+        fraction = sample_rng(seed=2, epoch=epoch, index=0, purpose="clip start").random()
+        first = int(fraction * 6)  # 55 frames long, of 60: starts 0 to 5
+        assert numbers == [first, first + 18, first + 36, first + 54]
+        starts.add(numbers[0])
+    assert starts == {0, 1, 2, 3, 4, 5}
 
 
 def test_collate(video_path: Path, wide_path: Path) -> None:
@@ -203,6 +218,7 @@ def test_collate(video_path: Path, wide_path: Path) -> None:
     assert torch.equal(batch.frames[1], clips[1].frames)
     assert batch.labels.tolist() == [1, 0] and batch.labels.dtype == torch.int64
     assert batch.video_ids == ("v1", "v0")
+    assert batch.keys == (SampleKey(epoch=0, index=1), FIRST)
 
 
 def test_load_clip(video_path: Path) -> None:
@@ -220,5 +236,8 @@ def test_config_says_what_is_wrong() -> None:
         ClipConfig(num_frames=0)
     with pytest.raises(ValueError, match="crop_scale"):
         ClipConfig(crop_scale=(0.9, 0.5))
-    with pytest.raises(ValueError, match="flip_probability between 0 and 1"):
-        ClipConfig(flip_probability=1.5)
+    with pytest.raises(ValueError, match='a stride of 2 does nothing with sampling "uniform"'):
+        ClipConfig(stride=2)
+    for stride in (None, 0):
+        with pytest.raises(ValueError, match=f'sampling "dense" needs a stride of at least 1 frame, got {stride}'):
+            ClipConfig(sampling="dense", stride=stride)

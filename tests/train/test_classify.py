@@ -96,6 +96,7 @@ def test_one_frame_is_the_middle_one(config: ProbeConfig) -> None:
         {"num_frames": 4},
         {"image_size": 32},
         {"label_smoothing": 0.0},
+        {"sampling": "dense", "stride": 2},
         *(
             {"encoder": RandomEncoder(image=replace(VitConfig.tiny(), **{name: value}))}
             for name, value in (
@@ -115,7 +116,6 @@ def test_one_frame_is_the_middle_one(config: ProbeConfig) -> None:
         {"optim": OptimConfig(warmup_steps=3)},
         {"cache_tokens": False, "augment": True},
         {"cache_tokens": False, "augment": True, "min_crop_area": 0.9},
-        {"cache_tokens": False, "augment": True, "flip_probability": 0.0},
     ],
     ids=lambda changed: ",".join(changed),
 )
@@ -187,8 +187,8 @@ def test_another_test_manifest_keeps_the_order_of_classes(drawn_clips: Path, con
 def test_options_that_would_do_nothing_are_refused(config: ProbeConfig) -> None:
     with pytest.raises(ValueError, match="augment would do nothing"):
         replace(config, augment=True)
-    with pytest.raises(ValueError, match="--flip-probability does nothing without --augment"):
-        replace(config, flip_probability=0.1)
+    with pytest.raises(ValueError, match="--min-crop-area does nothing without --augment; give both, or neither"):
+        replace(config, min_crop_area=0.1)
     with pytest.raises(ValueError, match=r"--loop.evaluate-every does nothing without a test split"):
         replace(config, clips=replace(config.clips, test_split=None), loop=replace(config.loop, evaluate_every=1))
     with pytest.raises(ValueError, match=r"--label-smoothing must be at least 0 and below 1; got 1.5"):

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,9 @@ import tyro
 from coca_video.cli.arguments import parse_options, say
 
 if TYPE_CHECKING:
+    from coca_video.data.frame_cache import FrameCache
     from coca_video.data.manifest import Manifest
+    from coca_video.data.video import ClipConfig, VideoDataset
     from coca_video.data.views import Protocol
     from coca_video.eval.classification import ClassificationResult
     from coca_video.hub import Saved
@@ -53,6 +55,8 @@ class EvaluateOptions:
     """What reads the video files; auto takes for each the first that reads it exactly."""
     timeout_seconds: float = 60.0
     """A clip that takes longer to read counts as unreadable."""
+    frame_cache: Path | None = None
+    """Read frames from this frame cache, as `probe --frame-cache` does; built first if it is not there."""
     batch_size: int = 16
     """Clips (views of a video, images) at a time."""
     num_workers: int = 0
@@ -107,6 +111,7 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
         "split": options.split,
         "num_frames": rule.frames_per_clip,
         "protocol": asdict(rule),
+        "frames": "videos" if options.frame_cache is None else "JPEG cache",
         "precision": options.precision,
     }
     written: list[Path] = []
@@ -134,9 +139,9 @@ def _scores(
     model: "VideoClassifier", manifest: "Manifest", *, rule: "Protocol", options: EvaluateOptions
 ) -> "ClassificationResult":
     """One clip a video without --protocol, else its views."""
-    from coca_video.data.video import ClipConfig, VideoDataset
+    from coca_video.data.video import ClipConfig
     from coca_video.eval.classification import evaluate_clips
-    from coca_video.eval.multiview import MultiViewDataset, evaluate_views
+    from coca_video.eval.multiview import CachedMultiViewDataset, MultiViewDataset, evaluate_views
     from coca_video.eval.passes import share_of_rank
     from coca_video.train.loop import pick_device, progress_bar
 
@@ -155,13 +160,41 @@ def _scores(
         "bf16": options.precision == "bf16",
     }
     if options.protocol is None:
-        config = ClipConfig(num_frames=rule.frames_per_clip, **reading)
-        clips = VideoDataset(manifest, config=config, seed=0)
+        clips = _clips(manifest, config=ClipConfig(num_frames=rule.frames_per_clip, **reading), options=options)
         with progress_bar("evaluating", total=len(share_of_rank(clips))) as bar:
             return evaluate_clips(model.to(device), dataset=clips, on_batch=bar.update, **settings)
     views = MultiViewDataset(manifest, protocol=rule, **reading)
+    if options.frame_cache is not None:
+        views = CachedMultiViewDataset(manifest, protocol=rule, cache=_frame_cache(manifest, options), **reading)
     with progress_bar("evaluating", total=len(share_of_rank(views))) as bar:
         return evaluate_views(model.to(device), dataset=views, on_batch=bar.update, **settings)
+
+
+def _clips(manifest: "Manifest", *, config: "ClipConfig", options: EvaluateOptions) -> "VideoDataset":
+    from coca_video.data.frame_cache import CachedVideoDataset
+    from coca_video.data.video import VideoDataset
+
+    if options.frame_cache is None:
+        return VideoDataset(manifest, config=config, seed=0)
+    config = replace(config, decoder="auto")  # what was asked for has built the cache
+    return CachedVideoDataset(manifest, cache=_frame_cache(manifest, options), config=config, seed=0)
+
+
+def _frame_cache(manifest: "Manifest", options: EvaluateOptions) -> "FrameCache":
+    """The cache that is there, whatever it keeps, or a new one of the usual 64 frames."""
+    from coca_video.data.frame_cache_format import FrameCacheConfig, read_facts
+    from coca_video.train.probe_data import cache_folder, open_frame_cache
+
+    assert options.frame_cache is not None
+    there = read_facts(cache_folder(manifest, folder=options.frame_cache))
+    return open_frame_cache(
+        manifest,
+        folder=options.frame_cache,
+        kept=FrameCacheConfig() if there is None else there.config,
+        decoder=options.decoder,
+        timeout_seconds=options.timeout_seconds,
+        num_workers=options.num_workers,
+    )
 
 
 def _report(path: Path, *, options: EvaluateOptions) -> int:
@@ -186,7 +219,7 @@ def _evaluate_retrieval(saved: "Saved", *, options: EvaluateOptions) -> int:
 
     model = saved.model
     assert isinstance(model, CoCa)
-    for name in ("split", "protocol", "num_frames", "decoder", "timeout_seconds"):
+    for name in ("split", "protocol", "num_frames", "decoder", "timeout_seconds", "frame_cache"):
         if getattr(options, name) != EvaluateOptions.__dataclass_fields__[name].default:
             raise ValueError(f"--{name.replace('_', '-')} is for clips, and {options.model} is a CoCa: leave it out.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from coca_video.data.deadline import within
 from coca_video.data.decode import Backend, UnreadableVideo, open_video
+from coca_video.data.frame_cache import FrameCache
 from coca_video.data.loader import SampleKey, Unreadable
-from coca_video.data.manifest import Manifest, VideoRow
+from coca_video.data.manifest import Manifest
 from coca_video.data.sampling import frame_window
 from coca_video.data.transforms import Interpolation, horizontal_flip, resize_crop
 from coca_video.data.views import CropView, Protocol
@@ -62,7 +63,7 @@ class MultiViewDataset:
         row = self.manifest.rows[key.index]
         label = self.manifest.label_index(row)
         try:
-            frames, places = within(self.timeout_seconds, lambda: self._read(row), name=str(row.path))
+            frames, places = within(self.timeout_seconds, lambda: self._read(key.index), name=str(row.path))
         except UnreadableVideo as error:
             return Unreadable(key=row.video_id, cause=str(error))
         crops = self.protocol.crop_views(*frames.shape[-2:])
@@ -71,8 +72,9 @@ class MultiViewDataset:
         )
         return VideoViews(frames=views, label=label, video_id=row.video_id)
 
-    def _read(self, row: VideoRow) -> tuple[UInt8[Tensor, "needed 3 height width"], Int64[np.ndarray, "clips frames"]]:
+    def _read(self, index: int) -> tuple[UInt8[Tensor, "needed 3 height width"], Int64[np.ndarray, "clips frames"]]:
         """The frames that any clip needs, each once, and where among them those of each clip are."""
+        row = self.manifest.rows[index]
         with open_video(row.path, backend=self.decoder) as reader:
             try:
                 first, last = frame_window(
@@ -85,6 +87,24 @@ class MultiViewDataset:
             )
             needed = np.unique(indices)
             return reader.frames(needed.tolist()), np.searchsorted(needed, indices)
+
+
+@dataclass(frozen=True)
+class CachedMultiViewDataset(MultiViewDataset):
+    """The same from a frame cache; ValueError where the protocol takes a frame that it does not keep."""
+
+    _: KW_ONLY
+    cache: FrameCache
+
+    def _read(self, index: int) -> tuple[UInt8[Tensor, "needed 3 height width"], Int64[np.ndarray, "clips frames"]]:
+        if (cause := self.cache.cause(index)) is not None:
+            raise UnreadableVideo(f"{self.manifest.rows[index].path}: {cause}")
+        cached = self.cache.clip(index)
+        num_frames = cached.last_frame - cached.first_frame
+        rule = self.protocol.frame_indices(num_frames=num_frames, frames_per_second=cached.frames_per_second)
+        needed = np.unique(rule)
+        positions = cached.positions_of((cached.first_frame + needed).tolist())
+        return cached.frames(positions), np.searchsorted(needed, rule)
 
 
 def cut_views(

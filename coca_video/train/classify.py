@@ -356,7 +356,14 @@ def _clips(manifest: Manifest, *, config: ProbeConfig, model: VideoClassifier, a
     )
     if config.frame_cache is None:
         return VideoDataset(manifest, config=clip, seed=config.loop.seed)
-    return cached_clips(manifest, folder=config.frame_cache, kept=config.cache, config=clip, loop=config.loop)
+    return cached_clips(
+        manifest,
+        folder=config.frame_cache,
+        kept=config.cache,
+        config=clip,
+        num_workers=config.loop.num_workers,
+        seed=config.loop.seed,
+    )
 
 
 def _tokens(

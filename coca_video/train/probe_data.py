@@ -20,6 +20,7 @@ from coca_video.data.manifest import Manifest
 from coca_video.data.mixing import mix
 from coca_video.data.video import ClipBatch, ClipConfig, VideoDataset
 from coca_video.data.workers import num_usable_cpus
+from coca_video.distributed import on_main
 from coca_video.eval.features import TokenDataset, encode_clips
 from coca_video.models.video import VideoClassifier
 from coca_video.train.loop import LoopConfig, progress_bar
@@ -34,27 +35,57 @@ def check_decoder(decoder: Backend) -> None:
         raise ValueError(f"{cause}; install or mend it, or take --clips.decoder auto.")
 
 
-def cached_clips(
-    manifest: Manifest, *, folder: Path, kept: FrameCacheConfig, config: ClipConfig, loop: LoopConfig
-) -> CachedVideoDataset:
-    """The clips from a frame cache of this manifest below `folder`, which is built first if it is not there.
+def open_frame_cache(
+    manifest: Manifest,
+    *,
+    folder: Path,
+    kept: FrameCacheConfig,
+    decoder: Backend,
+    timeout_seconds: float,
+    num_workers: int,
+) -> FrameCache:
+    """The frame cache of this manifest below `folder`; rank 0 builds it first if it is not there.
 
-    `config.decoder` is for building, by `loop.num_workers` processes, or one a CPU where that is 0. ValueError, before
-    anything is built, for clips that such a cache cannot give, and where the disk is too small.
+    It is built by `num_workers` processes, or one a CPU where that is 0. ValueError where the disk is too small.
     """
-    place = folder / manifest.fingerprint()[:12]
-    check_kept(kept, config=config, folder=place)
-    build_frame_cache(
-        manifest,
-        folder=place,
-        config=kept,
-        decoder=config.decoder,
-        num_workers=loop.num_workers or num_usable_cpus(),
-        timeout_seconds=config.timeout_seconds,
-        progress=progress_bar,
-        on_estimate=lambda estimate: _say_size(estimate, folder=place),
+    place = cache_folder(manifest, folder=folder)
+    on_main(
+        lambda: build_frame_cache(
+            manifest,
+            folder=place,
+            config=kept,
+            decoder=decoder,
+            num_workers=num_workers or num_usable_cpus(),
+            timeout_seconds=timeout_seconds,
+            progress=progress_bar,
+            on_estimate=lambda estimate: _say_size(estimate, folder=place),
+        )
     )
-    return CachedVideoDataset(manifest, cache=FrameCache(place), config=replace(config, decoder="auto"), seed=loop.seed)
+    return FrameCache(place)
+
+
+def cache_folder(manifest: Manifest, *, folder: Path) -> Path:
+    """Where the frame cache of a manifest lies below `folder`."""
+    return folder / manifest.fingerprint()[:12]
+
+
+def cached_clips(
+    manifest: Manifest, *, folder: Path, kept: FrameCacheConfig, config: ClipConfig, num_workers: int, seed: int
+) -> CachedVideoDataset:
+    """The clips from a frame cache; `config.decoder` is for building it. See `open_frame_cache`.
+
+    ValueError, before anything is built, for clips that such a cache cannot give.
+    """
+    check_kept(kept, config=config, folder=cache_folder(manifest, folder=folder))
+    cache = open_frame_cache(
+        manifest,
+        folder=folder,
+        kept=kept,
+        decoder=config.decoder,
+        timeout_seconds=config.timeout_seconds,
+        num_workers=num_workers,
+    )
+    return CachedVideoDataset(manifest, cache=cache, config=replace(config, decoder="auto"), seed=seed)
 
 
 def _say_size(estimate: SizeEstimate, *, folder: Path) -> None:

@@ -4,6 +4,7 @@ The time limit of one clip (`deadline`) catches a decoder that takes too long. W
 that holds the interpreter, crashes, or takes all memory, and a file system that does not answer.
 """
 
+import gc
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
@@ -85,7 +86,13 @@ def from_workers(
 def _iterate(loader: DataLoader[Any]) -> Iterator[Any]:
     """iter(loader), without its SIGCHLD handler: that raises wherever the main process is, in the midst of a step."""
     before = signal.getsignal(signal.SIGCHLD)
-    iterator = iter(loader)
+    # A forked process inherits the main one's garbage but not its threads: FFmpeg's filters, freed there by the
+    # collector, waited for ever for theirs. What is frozen at the fork is never collected there (nor copied by it).
+    gc.freeze()
+    try:
+        iterator = iter(loader)
+    finally:
+        gc.unfreeze()
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     return iterator

@@ -72,6 +72,11 @@ def check_file(path: Path, *, check: Check) -> FileCheck:
     empty or unreachable file is found out.
     """
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        cause = "its name is not UTF-8, as a manifest's are; rename it"
+        return FileCheck(path=str(path), status="corrupt", cause=cause, num_bytes=0, mtime_ns=0, check=check)
+    try:
         identity = _identify(path)
     except OSError as error:
         return FileCheck(path=str(path), status="corrupt", cause=_told(error), num_bytes=0, mtime_ns=0, check=check)

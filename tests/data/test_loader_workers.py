@@ -1,11 +1,13 @@
 """Worker processes that hang or die: the loader ends with a sentence that names the sample, and leaves no process."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -46,6 +48,42 @@ def load(numbers: Numbers, *, workers: int, timeout_seconds: float = 60.0) -> It
         numbers, num_samples=12, batch_size=2, workers=workers, collate=list, worker_timeout_seconds=timeout_seconds
     )
     return (batch for batch, _ in steps)
+
+
+class Cyclic:
+    """Garbage that only the collector frees; it says in which process."""
+
+    def __init__(self, freed_in: Any) -> None:
+        self.freed_in, self.itself = freed_in, self
+
+    def __del__(self) -> None:
+        self.freed_in.append(os.getpid())
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """Each sample is the number of inherited objects that a collection frees in the worker."""
+
+    freed_in: list[int]
+
+    def __getitem__(self, key: SampleKey) -> int | Unreadable:
+        gc.collect()
+        return self.freed_in.count(os.getpid())
+
+
+def test_a_worker_does_not_free_what_it_inherited() -> None:
+    """A decoder's threads are not inherited: to free it there may wait for them for ever."""
+    freed_in: list[int] = []
+    gc.collect()
+    gc.disable()
+    try:
+        Cyclic(freed_in)
+        steps = in_order(Collecting(freed_in), num_samples=2, batch_size=1, workers=1, collate=list)
+        assert [batch for batch, _ in steps] == [[0], [0]]
+        gc.collect()
+        assert freed_in == [os.getpid()]  # it was garbage, and is freed where its threads are
+    finally:
+        gc.enable()
 
 
 def test_a_clip_s_own_limit_comes_long_before_the_workers() -> None:

@@ -114,6 +114,13 @@ def test_a_folder_of_images_is_one_video_of_unknown_rate(tmp_path: Path) -> None
     assert "img_3.png" in check_file(tmp_path, check="full").cause
 
 
+def test_a_name_that_is_not_utf8_is_a_cause(clip: Path, tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.mp4"))
+    shutil.copy(clip, path)
+    found = check_file(path, check="quick")
+    assert (found.status, found.cause) == ("corrupt", "its name is not UTF-8, as a manifest's are; rename it")
+
+
 def test_what_each_check_decodes(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[int]] = []
     decode = decode_package.VideoReader.frames

@@ -196,7 +196,7 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.parametrize("extra", [[], ["--protocol", "uniformerv2", "--num-frames", "2"]], ids=["clip", "views"])
 def test_torchrun_gives_the_same(
     arguments: list[str], extra: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -61,7 +61,7 @@ def test_a_folder_in_two_processes(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")} == before
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_video_over_its_time_is_unreadable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -72,7 +72,7 @@ def test_a_video_over_its_time_is_unreadable(tmp_path: Path, capsys: pytest.Capt
     assert not list((tmp_path / "small").rglob("*.mp4"))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.skipif(sys.platform == "win32", reason="no kill -9 there")
 def test_after_a_kill_the_same_command_goes_on(tmp_path: Path) -> None:
     videos, out = tmp_path / "videos", tmp_path / "small"

@@ -498,7 +498,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_build_killed_with_two_workers_ends_with_the_same_bytes(manifest: Manifest, tmp_path: Path) -> None:
     rows = tuple(replace(manifest.rows[number % 6], video_id=str(number)) for number in range(60))
     many, config = replace(manifest, rows=rows), replace(CONFIG, shard_bytes=150_000)

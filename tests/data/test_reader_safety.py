@@ -82,7 +82,7 @@ class Frames(Dataset):
             return reader.frames([ORDER[place]])[0]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_read_what_the_parent_reads(path: Path, backend: str, start: str) -> None:
     frames = Frames(path, backend=backend)

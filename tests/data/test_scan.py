@@ -218,7 +218,7 @@ def test_lines_that_say_nothing_are_passed_over(tmp_path: Path) -> None:
     assert again == found and bar.updates == 0
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_file_that_takes_too_long_is_tried_again_only_with_more_time(clip: Path, tmp_path: Path) -> None:
     found, _ = a_scan(tmp_path, [clip], check="quick", timeout_seconds=1e-6)
     assert (found[clip].status, found[clip].cause) == ("corrupt", "took longer than 1e-06 s")
@@ -309,7 +309,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_scan_killed_in_the_middle_goes_on_where_it_was(clip: Path, tmp_path: Path) -> None:
     for number in range(200):
         shutil.copyfile(clip, tmp_path / f"{number:03d}.mp4")

@@ -312,7 +312,7 @@ def evaluate_everything(manifest_csv: Path) -> dict[str, ClassificationResult]:
     return results
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_37_clips_on_one_and_two_ranks(clips_csv: Path) -> None:
     """At batch sizes 1 and 16: equal counts, the same two unreadable, scores to 1e-6."""
     alone = evaluate_everything(clips_csv)

@@ -208,7 +208,7 @@ def losses_so_far() -> dict[str, tuple[float, ...]]:
     return {}
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_run_with_everything_resumes_bit_equal_with_any_number_of_workers(
     config: ProbeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,7 +99,7 @@ def test_losses_are_those_of_the_videos_but_for_jpeg(built: ProbeConfig, tmp_pat
     assert losses(tmp_path / "seed") != pytest.approx(expected, rel=3e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.usefixtures("without_videos")
 @pytest.mark.parametrize("cache_tokens", [False, True])
 def test_videos_are_not_read_again(built: ProbeConfig, tmp_path: Path, cache_tokens: bool) -> None:
@@ -116,7 +116,7 @@ def test_videos_are_not_read_again(built: ProbeConfig, tmp_path: Path, cache_tok
     assert all(listed[row.video_id].startswith(f"{row.path}: ") for row in broken)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.parametrize("changed", [{"num_frames": 3}, {"short_side": 48, "quality": 20}], ids=str)
 def test_what_is_kept_changes_the_losses(built: ProbeConfig, tmp_path: Path, changed: dict[str, int]) -> None:
     kept = replace(KEPT, **changed)
@@ -125,7 +125,7 @@ def test_what_is_kept_changes_the_losses(built: ProbeConfig, tmp_path: Path, cha
     assert losses(tmp_path / "run") != losses(built.out)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_the_size_is_said_first_and_must_fit(
     config: ProbeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -44,6 +44,8 @@ AVERAGED = OptimConfig(
 
 Config = PretrainConfig | ProbeConfig
 
+MORE_KINDS = ("averaged pretrain", "probe", "cached probe")  # in the drills: each runs for half a minute
+
 
 def pretrain_config(pictures: Path, *, out: Path) -> PretrainConfig:
     pairs = PairsConfig(train=pictures, test=pictures, min_crop_area=0.5, flip_probability=0.5)
@@ -148,7 +150,7 @@ def die_in_step(monkeypatch: pytest.MonkeyPatch, *, number: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["pretrain", "averaged pretrain", "probe", "cached probe"])
+@pytest.mark.parametrize("kind", ["pretrain", *(pytest.param(kind, marks=pytest.mark.drill) for kind in MORE_KINDS)])
 def test_death_in_any_step(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     run(make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))
     expected = outcome(tmp_path / "whole")
@@ -163,7 +165,7 @@ def test_death_in_any_step(kind: str, pictures: Path, drawn_clips: Path, tmp_pat
         assert outcome(config.out) == expected, f"died in step {number}"
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_death_with_adafactor_and_averaged_weights(pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     """Weights, moments and averages of the last checkpoint are the same to the bit, and every curve is shown once."""
     whole = make_config("averaged pretrain", pictures=pictures, clips=drawn_clips, out=tmp_path / "whole")
@@ -225,7 +227,7 @@ def wait_for(condition: Callable[[], bool], *, process: "subprocess.Popen[bytes]
         time.sleep(0.002)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.parametrize("kind", ["pretrain", "probe"])
 def test_sigkill(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     """Real processes and kill -9: as soon as the first checkpoint is being written, and once more a little later."""
@@ -265,7 +267,7 @@ def test_ctrl_c_saves_and_the_same_run_goes_on(
     assert outcome(config.out) == outcome(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_sigterm_to_all_processes_saves(pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     """A scheduler ends a job by signalling the whole group, loader processes included."""
     out = tmp_path / "run"

@@ -89,7 +89,7 @@ def _scored(model: VideoClassifier, batches: Iterable[TokenBatch]) -> Iterator[S
 
 
 def softmax_scores(
-    model: VideoClassifier, tokens: Float[Tensor, "batch tokens dim"]
+    model: VideoClassifier, tokens: Float[Tensor, "batch frames tokens dim"]
 ) -> Float64[np.ndarray, "batch classes"]:
     """Class scores of tokens that are pooled together, the softmax in float64."""
     scores: Float64[np.ndarray, "batch classes"] = model.classify(tokens).cpu().double().softmax(dim=1).numpy()

@@ -18,7 +18,7 @@ from coca_video.models.video import VideoClassifier
 class TokenBatch:
     """Tokens of a batch of clips, their labels and names."""
 
-    tokens: Float[Tensor, "batch tokens dim"]
+    tokens: Float[Tensor, "batch frames tokens dim"]
     labels: Int64[Tensor, "batch"]
     video_ids: tuple[str, ...]
 
@@ -56,7 +56,7 @@ def encode_frames(
     *,
     device: torch.device,
     bf16: bool = False,
-) -> Float[Tensor, "batch tokens dim"]:
+) -> Float[Tensor, "batch frames tokens dim"]:
     """The tokens of clips, on `device`, without gradients; under bf16 autocast where asked."""
     image = model.config.image
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):

@@ -200,15 +200,15 @@ def _chunks(videos: Iterable[VideoViews], *, size: int) -> Iterator[UInt8[Tensor
 
 
 def _pooled_together(
-    views: Iterable[Float[Tensor, "views tokens dim"]], *, size: int
-) -> Iterator[Float[Tensor, "pooled all_tokens dim"]]:
-    """The tokens of each `size` views in a row as one set."""
+    views: Iterable[Float[Tensor, "views frames tokens dim"]], *, size: int
+) -> Iterator[Float[Tensor, "pooled all_frames tokens dim"]]:
+    """The tokens of each `size` views in a row as one set, frame after frame."""
     waiting: Tensor | None = None
     for tokens in views:
         waiting = _joined(waiting, tokens)
         whole = len(waiting) - len(waiting) % size
         if whole:
-            yield waiting[:whole].reshape(whole // size, -1, waiting.shape[-1])
+            yield waiting[:whole].reshape(whole // size, -1, *waiting.shape[2:])
         waiting = waiting[whole:]
 
 

@@ -143,7 +143,7 @@ class ProbeResult:
 def probe_step(
     model: VideoClassifier, tokens: Tensor, optimizer: torch.optim.Optimizer, *, labels: Tensor, config: ProbeConfig
 ) -> dict[str, Sum]:
-    """One update of the head on tokens [batch, tokens, dim] of frozen frames.
+    """One update of the head on tokens [batch, frames, tokens, dim] of frozen frames.
 
     labels: [batch] class numbers or [batch, classes] shares; `top1` then counts against the class of the larger share.
     """

@@ -52,7 +52,7 @@ def arguments(clips: Path, tmp_path: Path) -> list[str]:
     config = VideoClassifierConfig(image=VitConfig.tiny(), num_classes=len(ACTIONS), num_frames=3)
     model = VideoClassifier(config)
     with torch.no_grad():
-        model.classifier.weight.normal_(std=0.2)
+        model.head.classifier.weight.normal_(std=0.2)
     save(tmp_path / "model", model=model, classes=ACTIONS)
     return ["evaluate", str(clips), "--model", str(tmp_path / "model"), "--device", "cpu"]
 

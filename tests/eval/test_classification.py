@@ -33,7 +33,7 @@ def model(manifest: Manifest) -> VideoClassifier:
     config = VideoClassifierConfig(image=VitConfig.tiny(), num_classes=len(manifest.classes), num_frames=3)
     model = VideoClassifier(config)
     with torch.no_grad():
-        model.classifier.weight.normal_(std=0.2)
+        model.head.classifier.weight.normal_(std=0.2)
     return model.eval()
 
 
@@ -65,7 +65,7 @@ def test_batches_and_workers_change_nothing(model: VideoClassifier, manifest: Ma
 
 def test_cached_tokens_give_the_same_scores(model: VideoClassifier, manifest: Manifest) -> None:
     tokens = encode_clips(model, dataset=dataset(manifest), device=CPU)
-    assert tokens.batch.tokens.shape == (30, 3 * 36, 96)
+    assert tokens.batch.tokens.shape == (30, 3, 36, 96)
     cached = evaluate_tokens(model, dataset=tokens, classes=manifest.classes)
     np.testing.assert_allclose(cached.scores, evaluate(model, manifest, batch_size=16).scores, atol=1e-6)
 

@@ -83,7 +83,7 @@ def random_model() -> VideoClassifier:
     config = VideoClassifierConfig(image=VitConfig.tiny(), num_classes=len(ACTIONS), num_frames=3)
     model = VideoClassifier(config)
     with torch.no_grad():
-        model.classifier.weight.normal_(std=0.2)
+        model.head.classifier.weight.normal_(std=0.2)
     return model.eval()
 
 

@@ -74,7 +74,7 @@ def test_fingerprint_tells_one_bit() -> None:
     model, other = make_classifier(), make_classifier()
     assert fingerprint(model) == fingerprint(other)
     with torch.no_grad():
-        other.classifier.bias[0] = torch.nextafter(other.classifier.bias[0], torch.tensor(1.0))
+        other.head.classifier.bias[0] = torch.nextafter(other.head.classifier.bias[0], torch.tensor(1.0))
     assert fingerprint(model) != fingerprint(other)
 
 

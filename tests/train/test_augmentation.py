@@ -162,8 +162,8 @@ def test_what_is_erased_is_the_mean_of_the_encoder(config: ProbeConfig) -> None:
 def test_top1_counts_against_the_heavier_label(config: ProbeConfig) -> None:
     model = build_classifier(config, num_classes=5)
     with torch.no_grad():
-        model.classifier.weight.zero_()
-        model.classifier.bias.copy_(torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0]))  # says class 1 of every clip
+        model.head.classifier.weight.zero_()
+        model.head.classifier.bias.copy_(torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0]))  # says class 1 of every clip
     tokens = torch.randn(3, 12, 96, generator=torch.Generator().manual_seed(0))
     shares = torch.tensor([[0.4, 0.6, 0.0, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0, 0.0], [0.0, 0.7, 0.3, 0.0, 0.0]])
     optimizer = build_optimizer(model, config=config.optim)

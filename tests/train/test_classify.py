@@ -78,8 +78,8 @@ def test_any_number_of_frames_at_evaluation(config: ProbeConfig, trained_with: i
         frames = dataset[SampleKey(0, index)].frames.double() / 255
         normalised = ((frames - 0.5) / 0.5).float()
         tokens = torch.cat([model.encoder(frame.unsqueeze(0)) for frame in normalised], dim=1)
-        pooled = model.pooler.norm_out(model.pooler.attend(tokens)).squeeze(1)
-        expected = model.classifier(pooled).double().softmax(dim=1)[0]
+        pooled = model.head.pooler.norm_out(model.head.pooler.attend(tokens)).squeeze(1)
+        expected = model.head.classifier(pooled).double().softmax(dim=1)[0]
         torch.testing.assert_close(torch.from_numpy(result.scores[0]), expected, rtol=1e-4, atol=1e-6)
 
 

@@ -9,6 +9,7 @@ from coca_video.data.decode.bitstream import Start, sequence_headers, start_of
 from coca_video.data.decode.index import index_packets
 from coca_video.data.decode.source import as_source
 from tests.data.numbered_videos import encode
+from tests.data.odd_videos import X265
 
 AVCC = bytes([1, 0x64, 0, 31, 0xFF])  # a record whose fifth byte says: lengths of 4 bytes
 
@@ -71,12 +72,14 @@ def test_sequence_headers() -> None:
         ("closed.mp4", {"x264-params": "open-gop=0:keyint=12:scenecut=0"}, [0, 12, 24, 36, 48]),
         ("closed.mkv", {"x264-params": "open-gop=0:keyint=12:scenecut=0"}, [0, 12, 24, 36, 48]),
         ("open.mp4", {"x264-params": "open-gop=1:keyint=12:bframes=3:scenecut=0"}, [0]),
+        ("open_hevc.mp4", {"x265-params": f"{X265}:open-gop=1"}, [0, 12, 24, 36, 48]),
+        ("closed_hevc.mkv", {"x265-params": f"{X265}:open-gop=0"}, [0, 12, 24, 36, 48]),
         ("refresh.mp4", {"x264-params": "intra-refresh=1:keyint=12:bframes=0:scenecut=0"}, [0]),
     ],
 )
 def test_clean_starts(tmp_path: Path, name: str, options: dict[str, str], clean: list[int]) -> None:
-    """Frames from which decoding may start: all key frames of closed groups, the first alone otherwise."""
-    path = encode(tmp_path / name, options=options)
+    """Frames from which decoding may start: all key frames of closed groups, and of HEVC; the first alone otherwise."""
+    path = encode(tmp_path / name, codec="libx265" if "x265-params" in options else "libx264", options=options)
     index = index_packets(as_source(path))
     assert [index.pts.index(time) for time in index.clean_pts] == clean
     assert (index.uncountable is not None) == (name == "refresh.mp4")

@@ -34,9 +34,12 @@ MUST_READ = {
     | {"streams.mp4", "streams_audio_first.mkv"},
 }
 CHOSEN = {
-    "b_frames.mp4": "torchcodec",
-    "open_gop_hevc.mkv": "torchcodec",
-    "edit_list.mp4": "torchcodec",
+    "b_frames.mp4": "pyav",
+    "open_gop_hevc.mkv": "pyav",
+    "edit_list.mp4": "pyav",
+    "open_gop_h264.mp4": "torchcodec",
+    "open_gop_h264.mkv": "torchcodec",
+    "vp9.mp4": "torchcodec",
     "av1.webm": "torchcodec",
     "mpeg4_packed.avi": "pyav",
     "mpeg4_b_frames.avi": "pyav",

@@ -18,7 +18,6 @@ from PIL import Image
 
 from coca_video.data.decode import BACKENDS, UnreadableVideo, open_video, proof, prove
 from coca_video.data.decode import open as open_module
-from coca_video.data.decode import pyav as pyav_module
 from coca_video.data.decode.index import index_packets
 from coca_video.data.decode.proof import CLIP
 from coca_video.data.decode.pyav import PyAVReader
@@ -68,6 +67,23 @@ def test_a_backend_that_does_not_load_is_not_proven(monkeypatch: pytest.MonkeyPa
     assert "torchcodec does not work here: " in prove.__wrapped__("torchcodec")
 
 
+@pytest.fixture
+def slow_pyav(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV is the fastest for no file, so that `auto` tries the others first."""
+    monkeypatch.setattr(open_module, "fastest_by_pyav", lambda index: False)
+
+
+def test_auto_takes_pyav_where_it_skips_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "v.mp4")
+    index = index_packets(as_source(path))
+    assert open_module.fastest_by_pyav(index)
+    for slow in ({"can_skip": False}, {"num_key_frames": 6}, {"uncountable": "its packets tell nothing"}):
+        assert not open_module.fastest_by_pyav(replace(index, **slow))
+    monkeypatch.setattr(open_module, "prove", lambda name: pytest.fail(f"{name} is not needed for this file"))
+    assert open_video(path).backend == "pyav"
+
+
+@pytest.mark.usefixtures("slow_pyav")
 def test_auto_takes_the_first_that_is_proven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "v.mp4")
     order = [name for name in BACKENDS if prove(name) is None]
@@ -121,6 +137,7 @@ def test_a_backend_that_does_not_work_here_is_a_sentence(tmp_path: Path, monkeyp
         open_video(encode(tmp_path / "v.mp4"), backend="decord")
 
 
+@pytest.mark.usefixtures("slow_pyav")
 def test_pyav_goes_on_where_another_backend_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = encode(tmp_path / "v.mp4")
     reader = open_video(path)
@@ -135,25 +152,6 @@ def test_pyav_goes_on_where_another_backend_fails(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(reader._reader, "_frames", fail)
     with pytest.raises(UnreadableVideo, match="it stops"):
         reader.frames([1])
-
-
-def test_a_seek_decodes_no_more_than_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = encode(tmp_path / "v.mp4", num_frames=120)
-    reader = open_video(path, backend="pyav")
-    decoded = 0
-
-    def counted(*arguments: object, **options: object) -> object:
-        nonlocal decoded
-        for frame in decode_stream(*arguments, **options):
-            decoded += 1
-            yield frame
-
-    decode_stream = pyav_module.decode_stream
-    monkeypatch.setattr(pyav_module, "decode_stream", counted)
-    assert numbers_shown(reader.frames([100, 101, 100])) == [100, 101, 100]
-    assert decoded == 101 - 96 + 1  # a key frame every 12
-    assert numbers_shown(reader.frames([5, 119])) == [5, 119]
-    assert decoded == 6 + (5 + 1) + (119 - 108 + 1)
 
 
 @pytest.mark.parametrize("kept_frames", [0, 7, 1000])
@@ -346,3 +344,16 @@ def test_a_file_cut_between_two_packets(tmp_path: Path, name: str) -> None:
     assert len(sequential(path)) == 30
     with pytest.raises(UnreadableVideo, match=f"cut off: it should have at least .* bytes, it has {position}"):
         open_video(path)
+
+
+def test_decord_gives_frames_whatever_its_bridge_says() -> None:
+    """Importing pytorchvideo sets it to torch, for the whole thread."""
+    import decord
+
+    expected = stack(sequential(CLIP), [3, 20])
+    try:
+        decord.bridge.set_bridge("torch")
+        with open_video(CLIP, backend="decord") as video:
+            assert torch.equal(video.frames([3, 20]), expected)
+    finally:
+        decord.bridge.set_bridge("native")

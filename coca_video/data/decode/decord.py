@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
@@ -47,10 +46,12 @@ class DecordReader(VideoReader):
         if self._source.stamp() != self._stamp:  # of a file cut since, decord returns other frames without a word
             raise UnreadableVideo(f"{self.name}: the file changed while it was read")
         try:
-            rgb = self._reader.get_batch(indices).asnumpy()
+            batch = self._reader.get_batch(indices)
         except self._errors as error:
             raise UnreadableVideo(f"{self.name}: decord stops ({_short(error)}); {USE_AUTO}") from error
-        return torch.from_numpy(np.ascontiguousarray(rgb.transpose(0, 3, 1, 2)))
+        # decord gives what its bridge says, which others set for the whole thread: importing pytorchvideo does.
+        rgb = batch if isinstance(batch, Tensor) else torch.from_numpy(batch.asnumpy())
+        return rgb.permute(0, 3, 1, 2).contiguous()
 
     def _let_go(self) -> None:
         self._reader = None

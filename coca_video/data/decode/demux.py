@@ -1,7 +1,7 @@
 """PyAV's containers, opened so that only videos pass for videos: packets, and frames decoded in order."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -120,11 +120,51 @@ def decode_stream(
     UnreadableVideo at the decoder's first error. Damage that the codec itself patches over (H.264 conceals a lost
     slice) is no error, here as in a player.
     """
+    return _decode(source, packets=read_packets(source, container=container, stream=stream), stream=stream)
+
+
+def decode_wanted(
+    source: Source,
+    *,
+    container: "av.container.InputContainer",
+    stream: "av.VideoStream",
+    wanted_pts: Set[int],
+    can_skip: bool,
+) -> Iterator["av.VideoFrame"]:
+    """The frames with these presentation times, and some others, from where the container stands.
+
+    No packet behind the last one wanted is decoded: the decoder is drained, and is of no use until the next seek.
+    can_skip (PacketIndex.can_skip): pictures to which no other refers are left out, unless wanted. UnreadableVideo at
+    the decoder's first error, but not for damage to what is left out.
+    """
+    packets = read_packets(source, container=container, stream=stream)
+    needed = _needed(packets, stream=stream, wanted_pts=wanted_pts, can_skip=can_skip)
+    return _decode(source, packets=needed, stream=stream)
+
+
+def _needed(
+    packets: Iterable[VideoPacket], *, stream: "av.VideoStream", wanted_pts: Set[int], can_skip: bool
+) -> Iterator[VideoPacket | None]:
+    """Packets up to the last one wanted, then None, which drains the decoder."""
+    left = set(wanted_pts)
+    for packet in packets:
+        if can_skip:  # a decoder of one thread reads this at each packet
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
+        yield packet
+        left.discard(packet.pts)
+        if not left:
+            yield None
+            return
+
+
+def _decode(
+    source: Source, *, packets: Iterable[VideoPacket | None], stream: "av.VideoStream"
+) -> Iterator["av.VideoFrame"]:
     import av
 
     num_frames = 0
     try:
-        for packet in read_packets(source, container=container, stream=stream):
+        for packet in packets:
             for frame in stream.decode(packet):
                 yield frame
                 num_frames += 1

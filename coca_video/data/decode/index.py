@@ -25,11 +25,12 @@ PROGRESSIVE_OR_UNKNOWN = (0, 1)  # AVFieldOrder
 class PacketIndex:
     """The best video stream by its packets.
 
-    pts: presentation times of the frames shown, sorted, in the stream's units. clean_pts: those of the key frames from
-    which decoding can start: all that is shown earlier lies before them in the file, all that is shown later behind.
-    hides_packets: by an edit list. changes_size: its pictures may change their size midway. other_colours: why
-    other backends convert its pixels to another RGB, None where they do not. uncountable: why the n-th frame shown
-    cannot be told from the packets, None where it can.
+    pts: presentation times of the frames shown, sorted, in the stream's units. num_key_frames: of those shown.
+    clean_pts: those of the key frames from which decoding can start: nothing shown later lies before them in the file,
+    or refers to it. hides_packets: by an edit list. changes_size: its pictures may change their size midway. can_skip:
+    FFmpeg's decoder knows the pictures to which no other refers. other_colours: why other backends convert its pixels
+    to another RGB, None where they do not. uncountable: why the n-th frame shown cannot be told from the packets, None
+    where it can.
     """
 
     container: str
@@ -40,6 +41,8 @@ class PacketIndex:
     hides_packets: bool
     open_groups: bool
     changes_size: bool
+    can_skip: bool
+    num_key_frames: int
     other_colours: str | None
     uncountable: str | None
     timeline: Timeline
@@ -65,9 +68,10 @@ def index_packets(source: Source) -> PacketIndex:
         packets = list[_Packet]()
         for packet in read_packets(source, container=container, stream=stream):
             if packet.size > 0:
-                packets.append(_note(packet, codec=codec, record=record))
+                data = bytes(packet) if packet.is_keyframe else b""
+                packets.append(_note(packet, data=data, codec=codec, record=record))
                 if packet.is_keyframe:
-                    sizes |= _size_headers(bytes(packet), codec=codec, record=record)
+                    sizes |= _size_headers(data, codec=codec, record=record)
         shown = [packet for packet in packets if not packet.is_hidden]
         if not shown:
             raise UnreadableVideo(f"{source.name}: its video stream holds no frame")
@@ -77,18 +81,20 @@ def index_packets(source: Source) -> PacketIndex:
             container=container.format.name,
             codec=codec,
             pts=tuple(sorted(time for time in times if time is not None)),
-            clean_pts=_clean_starts(packets),
+            clean_pts=_clean_starts(packets, codec=codec),
             num_video_streams=len(container.streams.video),
             hides_packets=len(shown) < len(packets),
             open_groups=_has_open_groups(packets),
             changes_size=len(sizes) > 1,
+            can_skip=_can_skip(context),
+            num_key_frames=sum(packet.is_key for packet in shown),
             other_colours=_other_colours(context),
             uncountable=_uncountable(packets, stream=stream, container=container.format.name),
             timeline=timeline(times, clock=clock(stream), last_duration=last.duration),
         )
 
 
-def _note(packet: VideoPacket, *, codec: str, record: bytes | None) -> _Packet:
+def _note(packet: VideoPacket, *, data: bytes, codec: str, record: bytes | None) -> _Packet:
     starts = packet.is_keyframe and codec in ("h264", "hevc")
     return _Packet(
         pts=packet.pts,
@@ -96,7 +102,7 @@ def _note(packet: VideoPacket, *, codec: str, record: bytes | None) -> _Packet:
         num_bytes=packet.size,
         is_key=packet.is_keyframe,
         is_hidden=packet.is_discard,
-        start=start_of(bytes(packet), record=record, codec=codec) if starts else None,
+        start=start_of(data, record=record, codec=codec) if starts else None,
     )
 
 
@@ -144,10 +150,12 @@ def _has_open_groups(packets: Sequence[_Packet]) -> bool:
     return False
 
 
-def _clean_starts(packets: Sequence[_Packet]) -> tuple[int, ...]:
+def _clean_starts(packets: Sequence[_Packet], *, codec: str) -> tuple[int, ...]:
     """PacketIndex.clean_pts; none where times are missing.
 
-    A key frame of H.264 that is no IDR leaves older pictures in the decoder, to which later ones may refer.
+    A key frame of H.264 that is no IDR leaves older pictures in the decoder, to which later ones may refer. Of HEVC,
+    what lies behind a key frame and is shown after it refers neither to what lies before it nor to what lies behind it
+    and is shown earlier (H.265, 8.1.3 and 3: trailing pictures), so its open groups are as good as closed ones.
     """
     times = [packet.pts for packet in packets if packet.pts is not None]
     if len(times) < len(packets):
@@ -157,9 +165,26 @@ def _clean_starts(packets: Sequence[_Packet]) -> tuple[int, ...]:
     return tuple(
         pts
         for packet, pts, before, after in zip(packets, times, latest_before[:-1], earliest_from, strict=True)
-        if packet.is_key and not packet.is_hidden and before < pts == after
+        if packet.is_key and not packet.is_hidden and before < pts and (codec == "hevc" or pts == after)
         if packet.start is None or packet.start.forgets
     )
+
+
+def _can_skip(context: "av.VideoCodecContext") -> bool:
+    """Whether FFmpeg's decoder knows the pictures of this stream to which no other refers.
+
+    H.264 marks them (nal_ref_idc 0). HEVC marks those to which none of the same temporal layer refers, so only in
+    streams of one layer by their record (hvcC, numTemporalLayers). Not where a picture may be two packets, its fields.
+    """
+    if context.field_order not in PROGRESSIVE_OR_UNKNOWN:
+        return False
+    record = context.extradata
+    match context.codec.canonical_name:
+        case "h264":
+            return True
+        case "hevc":
+            return record is not None and len(record) > 21 and record[0] == 1 and record[21] >> 3 & 7 == 1
+    return False
 
 
 def _other_colours(context: "av.VideoCodecContext") -> str | None:

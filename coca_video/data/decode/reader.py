@@ -13,7 +13,7 @@ from torch import Tensor
 
 BackendName = Literal["torchcodec", "decord", "pyav"]
 Backend = Literal["auto", "torchcodec", "decord", "pyav"]
-BACKENDS: tuple[BackendName, ...] = ("torchcodec", "decord", "pyav")  # the order in which `auto` tries them
+BACKENDS: tuple[BackendName, ...] = ("torchcodec", "decord", "pyav")  # in `auto`'s order, where PyAV is not fastest
 USE_AUTO = 'use the decoder "auto" or "pyav"'
 
 
@@ -40,11 +40,12 @@ def timeline(pts: Sequence[int | None], *, clock: Clock, last_duration: int) -> 
     known = sorted(time for time in pts if time is not None)
     last = last_duration * clock.unit_seconds if last_duration > 0 else 1 / clock.frames_per_second
     if len(set(known)) == len(pts):
-        times = [(time - known[0]) * clock.unit_seconds for time in known]
+        ticks, unit = [time - known[0] for time in known], clock.unit_seconds
     else:
-        times = [index / clock.frames_per_second for index in range(len(pts))]
-    # Exact fractions up to here: frame 30 at 1/15360 s units must lie at 1.0 and not just before it.
-    return Timeline(np.array([float(time) for time in times], dtype=np.float64), float(times[-1] + last))
+        ticks, unit = list(range(len(pts))), 1 / clock.frames_per_second
+    # Whole numbers up to the one division: frame 30 at 1/15360 s units must lie at 1.0 and not just before it.
+    seconds = [tick * unit.numerator / unit.denominator for tick in ticks]
+    return Timeline(np.array(seconds, dtype=np.float64), float(ticks[-1] * unit + last))
 
 
 class VideoReader(ABC):

@@ -41,6 +41,7 @@ class EvaluateOptions:
             "mmaction2_tsn",
             "mmaction2_dense",
             "slowfast",
+            "pytorchvideo",
             "uniformerv2",
             "videomae",
             "videomae_ssv2",
@@ -48,7 +49,8 @@ class EvaluateOptions:
         ]
         | None
     ) = None
-    """Clips and crops of each video as this peer tests, their scores averaged; one clip, its centre, when not given."""
+    """Clips and crops of each video as this peer tests, their scores averaged; when not given one clip, its centre:
+    of the whole video, or with the stride that the model was trained with."""
     num_frames: int | None = None
     """Frames a clip; when not given the protocol's, or what the model was trained with for none and for uniform."""
     decoder: Literal["auto", "torchcodec", "decord", "pyav"] = "auto"
@@ -105,12 +107,14 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
     manifest.check_files()
     rule = _protocol(options, trained_frames=model.config.num_frames)
     result = _scores(model, manifest, rule=rule, options=options)
+    stride = model.config.stride if options.protocol is None else None
     facts = {
         "model": options.model,
         "data": str(options.data.resolve()),
         "split": options.split,
         "num_frames": rule.frames_per_clip,
-        "protocol": asdict(rule),
+        "protocol": asdict(rule) if stride is None else None,
+        "stride": stride,
         "frames": "videos" if options.frame_cache is None else "JPEG cache",
         "precision": options.precision,
     }
@@ -160,6 +164,8 @@ def _scores(
         "bf16": options.precision == "bf16",
     }
     if options.protocol is None:
+        stride = model.config.stride
+        reading |= {"sampling": "uniform" if stride is None else "dense", "stride": stride}
         clips = _clips(manifest, config=ClipConfig(num_frames=rule.frames_per_clip, **reading), options=options)
         with progress_bar("evaluating", total=len(share_of_rank(clips))) as bar:
             return evaluate_clips(model.to(device), dataset=clips, on_batch=bar.update, **settings)

@@ -213,10 +213,10 @@ class FrameCache:
 
 def check_kept(kept: FrameCacheConfig, *, config: ClipConfig, folder: Path) -> None:
     """ValueError if clips of `config` need frames or pixels that a cache of `kept` (in `folder`) does not keep."""
-    if config.sampling == "dense":
+    if config.sampling != "uniform":
         raise ValueError(
-            f"The frame cache {folder} keeps {kept.num_frames} frames spread evenly over a clip, and dense sampling "
-            'needs frames that lie close together; take sampling "uniform", or the videos themselves.'
+            f"The frame cache {folder} keeps {kept.num_frames} frames spread evenly over a clip, and {config.sampling} "
+            'sampling needs frames that lie close together; take sampling "uniform", or the videos themselves.'
         )
     if config.num_frames > kept.num_frames:
         raise ValueError(
@@ -255,6 +255,8 @@ class CachedVideoDataset(VideoDataset):
         if (cause := self.cache.cause(key.index)) is not None:
             raise UnreadableVideo(f"{self.manifest.rows[key.index].path}: {cause}")
         cached = self.cache.clip(key.index)
-        positions = clip_indices(len(cached), config=self.config, seed=self.seed, key=key).tolist()
+        positions = clip_indices(
+            len(cached), frames_per_second=cached.frames_per_second, config=self.config, seed=self.seed, key=key
+        ).tolist()
         frames = within(self.config.timeout_seconds, lambda: cached.frames(positions), name=cached.name)
         return frames, cached.times_seconds[positions]

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from coca_video.data.decode import Backend, UnreadableVideo, VideoReader, open_video
+from coca_video.data.decode import Backend, UnreadableVideo, VideoReader
 from coca_video.data.frame_cache import FrameCache
 from coca_video.data.frame_cache_format import (
     FACTS_FILE,
@@ -44,8 +44,9 @@ from coca_video.data.frame_cache_shards import (
     write_whole,
 )
 from coca_video.data.manifest import Manifest
-from coca_video.data.sampling import frame_window, uniform_indices
+from coca_video.data.sampling import uniform_indices
 from coca_video.data.scan import Progress, load_decoders
+from coca_video.data.video import open_window
 from coca_video.data.workers import WorkerFailure, parallel
 
 ESTIMATE_CLIPS = 8  # spread over the manifest and cached first: neighbours are often of one class, or one video
@@ -200,13 +201,8 @@ def _cache_clip(job: _Job, *, clips: Path, config: FrameCacheConfig, decoder: Ba
 
 
 def _read_clip(job: _Job, *, config: FrameCacheConfig, decoder: Backend) -> EncodedClip:
-    with open_video(job.path, backend=decoder) as video:
-        try:
-            first, last = frame_window(
-                video.times_seconds, start_seconds=job.start_seconds, end_seconds=job.end_seconds
-            )
-        except ValueError as error:
-            raise UnreadableVideo(f"{video.name}: {error}") from error
+    times = {"start_seconds": job.start_seconds, "end_seconds": job.end_seconds}
+    with open_window(job.path, decoder=decoder, **times) as (video, first, last):
         numbers = first + uniform_indices(last - first, num_samples=min(config.num_frames, last - first))
         frames = _resized(video, numbers=numbers.tolist(), short_side=config.short_side)
         jpegs = [_to_jpeg(frame, quality=config.quality) for frame in frames]

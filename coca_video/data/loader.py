@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from coca_video.data.loader_workers import (
-    WORKER_TIMEOUT_SECONDS,
     Watched,
     from_workers,
     leave_signals_to_the_main_process,
     poll_seconds,
+    worker_timeout,
 )
 from coca_video.data.prefetch import map_tensors
 
@@ -157,7 +157,7 @@ def batches(
     collate: Callable[[list[SampleT]], BatchT],
     share: Share = Share(),  # noqa: B008, it cannot be changed
     pin_memory: bool = False,
-    worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
+    worker_timeout_seconds: float | None = None,
 ) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     """Yields one (batch, unreadable samples) for each step in [first_step, last_step), or the `share` of each.
 
@@ -165,6 +165,8 @@ def batches(
     the batch is None where a step has none. No global random state is read or written.
 
     pin_memory: hand the batches out in page-locked memory, from which CUDA copies beside its work (`to_device_ahead`).
+    worker_timeout_seconds: None is WORKER_MARGIN_SECONDS above the data set's own limit of a sample, if it has one
+        (`TimeLimited`), else WORKER_TIMEOUT_SECONDS.
 
     Raises, besides what `dataset` and `collate` raise:
         ChildProcessError: a worker process died (out of memory, a crash in a decoder); it names the sample.
@@ -196,7 +198,7 @@ def in_order(
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
     pin_memory: bool = False,
-    worker_timeout_seconds: float = WORKER_TIMEOUT_SECONDS,
+    worker_timeout_seconds: float | None = None,
 ) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     """One pass in the order of the data set, for evaluation: epoch 0, indices 0 to num_samples - 1, each once.
 
@@ -271,10 +273,12 @@ def _load(
     workers: int,
     collate: Callable[[list[SampleT]], BatchT],
     pin_memory: bool,
-    worker_timeout_seconds: float,
+    worker_timeout_seconds: float | None,
 ) -> Generator[tuple[BatchT | None, list[Unreadable]], None, None]:
     if workers < 0:
         raise ValueError(f"The number of workers must be 0 or more, got {workers}.")
+    if worker_timeout_seconds is None:
+        worker_timeout_seconds = worker_timeout(dataset)
     if not worker_timeout_seconds > 0:
         raise ValueError(f"worker_timeout_seconds must be more than 0, got {worker_timeout_seconds:g}.")
     watched = Watched.by(workers, dataset=dataset) if workers else None

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, get_worker_info
 SampleT = TypeVar("SampleT")
 SampleT_co = TypeVar("SampleT_co", covariant=True)
 
-WORKER_TIMEOUT_SECONDS = 300.0  # five times what a clip is given (ClipConfig.timeout_seconds), which comes first
+WORKER_TIMEOUT_SECONDS = 300.0  # for samples of which no limit is known
+WORKER_MARGIN_SECONDS = 240.0  # above the limit of a sample, which comes first: it names the file, and the run goes on
 POLL_SECONDS = 1.0  # how often the workers are looked at while a batch is waited for
 TIMED_OUT = "DataLoader timed out"  # how torch's RuntimeError starts
 SIGNAL_HINTS: dict[int, str] = {
@@ -36,6 +37,26 @@ class Indexed(Protocol[SampleT_co]):
     """What is indexed with (epoch, index)."""
 
     def __getitem__(self, key: Any, /) -> SampleT_co: ...
+
+
+@runtime_checkable
+class TimeLimited(Protocol):
+    """A data set that gives a sample up after a time of its own."""
+
+    @property
+    def sample_timeout_seconds(self) -> float | None:
+        """The most that reading a sample takes; None where there is no such limit."""
+
+
+def sample_timeout_seconds(dataset: object) -> float | None:
+    """After how long `dataset` itself gives up a sample; None for one that says nothing of it."""
+    return dataset.sample_timeout_seconds if isinstance(dataset, TimeLimited) else None
+
+
+def worker_timeout(dataset: object) -> float:
+    """How long workers may take for a sample of `dataset`, in seconds: the margin above its own limit."""
+    limit = sample_timeout_seconds(dataset)
+    return WORKER_TIMEOUT_SECONDS if limit is None else limit + WORKER_MARGIN_SECONDS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -217,6 +217,27 @@ def pytorchvideo_frames(
     return first + linspace_float32(0.0, stop=float(last - first - 1), num_samples=num_samples).astype(np.int64)
 
 
+def exact_rate(frames_per_second: float) -> Fraction:
+    """The fraction that a rate stands for: 29.97002997 is 30000/1001. It itself where none up to 1001ths is so near."""
+    near = Fraction(frames_per_second).limit_denominator(1001)
+    return near if abs(near - Fraction(frames_per_second)) <= near / 10**6 else Fraction(frames_per_second)
+
+
+def pytorchvideo_indices(
+    num_frames: int, *, frames_per_second: Fraction, clip: ClipTimes, num_samples: int
+) -> Int64[np.ndarray, "samples"]:
+    """`pytorchvideo_frames` for a clip that starts in the video, always with frames.
+
+    A clip shorter than a frame may lie between the times of two. pytorchvideo then has nothing and goes on to another
+    video; here it is the frame on the screen at its start.
+    """
+    on_screen = min(math.floor(frames_per_second * clip.start_seconds), num_frames - 1)
+    first = math.ceil(frames_per_second * clip.start_seconds)
+    if first >= min(math.ceil(frames_per_second * clip.end_seconds), num_frames):
+        return np.full(num_samples, on_screen, dtype=np.int64)
+    return pytorchvideo_frames(num_frames, frames_per_second=frames_per_second, clip=clip, num_samples=num_samples)
+
+
 def sample_rng(*, seed: int, epoch: int, index: int, purpose: str) -> np.random.Generator:
     """A generator for one use ("crop", "caption") of one sample: the same in every process and on every platform.
 

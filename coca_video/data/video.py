@@ -1,9 +1,10 @@
 """Clips: a manifest's rows, decoded, sampled, cropped and resized to the size that the model sees."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,20 +12,23 @@ from jaxtyping import Float64, Int64, UInt8
 from torch import Tensor
 
 from coca_video.data.deadline import within
-from coca_video.data.decode import Backend, UnreadableVideo, VideoSource, open_video
+from coca_video.data.decode import Backend, UnreadableVideo, VideoReader, VideoSource, open_video
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.manifest import Manifest
 from coca_video.data.sampling import (
     clip_starts,
     dense_indices,
+    exact_rate,
     frame_window,
+    pytorchvideo_indices,
+    pytorchvideo_random,
     random_dense_start,
     sample_rng,
     uniform_indices,
 )
 from coca_video.data.transforms import Interpolation, random_crop_box, resize_crop, square_crop_box
 
-Sampling = Literal["uniform", "dense"]
+Sampling = Literal["uniform", "dense", "pytorchvideo"]
 
 NO_LABEL = -1
 
@@ -34,10 +38,11 @@ class ClipConfig:
     """How a clip is made of a video: num_frames frames of image_size x image_size pixels.
 
     sampling: "uniform" takes one frame from each of num_frames equal parts of the whole video, "dense" every
-    stride-th frame of a part of it. augment draws a random frame within each part, or where the dense clip starts, and
-    a random box of crop_scale times the area; without it the frames are the parts' centres, or the dense clip lies in
-    the middle, and the box is the central square. One box holds for the whole clip. A clip that takes longer than
-    timeout_seconds to read counts as unreadable.
+    stride-th frame of a part of it, "pytorchvideo" what its RandomClipSampler and uniform_temporal_subsample take of
+    clip_seconds of it. augment draws a random frame within each part, or where the part starts, and a random box of
+    crop_scale times the area; without it the frames are the parts' centres, or the part lies in the middle (where
+    pytorchvideo's own sampler for tests, asked for one clip, takes the first), and the box is the central square. One
+    box holds for the whole clip. A clip that takes longer than timeout_seconds to read counts as unreadable.
     """
 
     num_frames: int = 16
@@ -49,6 +54,7 @@ class ClipConfig:
     crop_scale: tuple[float, float] = (0.5, 1.0)
     sampling: Sampling = "uniform"
     stride: int | None = None
+    clip_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.num_frames < 1 or self.image_size < 1:
@@ -60,14 +66,25 @@ class ClipConfig:
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"expected crop_scale as 0 < low <= high <= 1, got {self.crop_scale}")
         check_stride(self.stride, sampling=self.sampling)
+        check_clip_seconds(self.clip_seconds, sampling=self.sampling)
 
 
 def check_stride(stride: int | None, *, sampling: Sampling) -> None:
     """ValueError for a stride without dense sampling, for dense sampling without one, and for one below 1."""
-    if sampling == "uniform" and stride is not None:
-        raise ValueError(f'a stride of {stride} does nothing with sampling "uniform"; take "dense", or no stride')
+    if sampling != "dense" and stride is not None:
+        raise ValueError(f'a stride of {stride} does nothing with sampling "{sampling}"; take "dense", or no stride')
     if sampling == "dense" and (stride is None or stride < 1):
         raise ValueError(f'sampling "dense" needs a stride of at least 1 frame, got {stride}')
+
+
+def check_clip_seconds(clip_seconds: float | None, *, sampling: Sampling) -> None:
+    """ValueError for clip_seconds without pytorchvideo's sampling, for that without them, and for 0 or less."""
+    if sampling != "pytorchvideo" and clip_seconds is not None:
+        raise ValueError(
+            f'clip_seconds of {clip_seconds:g} do nothing with sampling "{sampling}"; take "pytorchvideo", or none'
+        )
+    if sampling == "pytorchvideo" and (clip_seconds is None or not 0 < clip_seconds < float("inf")):
+        raise ValueError(f'sampling "pytorchvideo" needs clip_seconds above 0 and finite, got {clip_seconds}')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +119,11 @@ class VideoDataset:
 
     def __len__(self) -> int:
         return len(self.manifest.rows)
+
+    @property
+    def sample_timeout_seconds(self) -> float:
+        """The most that reading a clip takes: see `loader_workers.TimeLimited`."""
+        return self.config.timeout_seconds
 
     def __getitem__(self, key: SampleKey) -> Clip | Unreadable:
         """The clip of row key.index, or the name and cause of a video that cannot be read."""
@@ -151,21 +173,69 @@ def load_clip(source: VideoSource, *, config: ClipConfig) -> Clip:
     return Clip(key=key, frames=frames, label=NO_LABEL, video_id=video_id, times_seconds=times_seconds)
 
 
+class VideoWindow(NamedTuple):
+    """An open video, and the frames of it that are asked for: first to last, last excluded."""
+
+    reader: VideoReader
+    first: int
+    last: int
+
+
+@contextmanager
+def open_window(
+    source: VideoSource, *, decoder: Backend, start_seconds: float | None, end_seconds: float | None
+) -> Iterator[VideoWindow]:
+    """Opens a video for the frames between two times; UnreadableVideo also where it ends before the first."""
+    with open_video(source, backend=decoder) as reader:
+        try:
+            first, last = frame_window(reader.times_seconds, start_seconds=start_seconds, end_seconds=end_seconds)
+        except ValueError as error:
+            raise UnreadableVideo(f"{reader.name}: {error}") from error
+        yield VideoWindow(reader, first, last)
+
+
 def clip_indices(
-    num_frames: int, *, config: ClipConfig, seed: int, key: SampleKey
+    num_frames: int, *, frames_per_second: float, config: ClipConfig, seed: int, key: SampleKey
 ) -> Int64[np.ndarray, "{config.num_frames}"]:
-    """Which of `num_frames` frames make the clip; with augment a function of (seed, key)."""
-    count = config.num_frames
-    if config.sampling == "uniform":
-        offsets = _rng(seed, key=key, purpose="frame offsets").random(count) if config.augment else None
-        return uniform_indices(num_frames, num_samples=count, offsets=offsets)
-    assert config.stride is not None
-    if config.augment:
-        fraction = float(_rng(seed, key=key, purpose="clip start").random())
-        start = random_dense_start(num_frames, num_samples=count, stride=config.stride, fraction=fraction)
+    """Which of `num_frames` frames make the clip; with augment a function of (seed, key).
+
+    Only "pytorchvideo" looks at frames_per_second.
+    """
+    match config.sampling:
+        case "uniform":
+            offsets = None
+            if config.augment:
+                offsets = _rng(seed, key=key, purpose="frame offsets").random(config.num_frames)
+            return uniform_indices(num_frames, num_samples=config.num_frames, offsets=offsets)
+        case "dense":
+            return _dense_clip(num_frames, config=config, fraction=_start_fraction(config, seed=seed, key=key))
+        case "pytorchvideo":
+            assert config.clip_seconds is not None
+            rate = exact_rate(frames_per_second)
+            fraction = _start_fraction(config, seed=seed, key=key)
+            clip = pytorchvideo_random(
+                num_frames / rate,
+                clip_seconds=config.clip_seconds,
+                fraction=0.5 if fraction is None else fraction,
+            )
+            return pytorchvideo_indices(num_frames, frames_per_second=rate, clip=clip, num_samples=config.num_frames)
+
+
+def _start_fraction(config: ClipConfig, *, seed: int, key: SampleKey) -> float | None:
+    """Where among its possible starts a clip starts, in [0, 1); None for the middle."""
+    return float(_rng(seed, key=key, purpose="clip start").random()) if config.augment else None
+
+
+def _dense_clip(
+    num_frames: int, *, config: ClipConfig, fraction: float | None
+) -> Int64[np.ndarray, "{config.num_frames}"]:
+    count, stride = config.num_frames, config.stride
+    assert stride is not None
+    if fraction is None:
+        start = int(clip_starts(num_frames, num_clips=1, num_samples=count, stride=stride)[0])
     else:
-        start = int(clip_starts(num_frames, num_clips=1, num_samples=count, stride=config.stride)[0])
-    return dense_indices(num_frames, num_samples=count, stride=config.stride, start=start)
+        start = random_dense_start(num_frames, num_samples=count, stride=stride, fraction=fraction)
+    return dense_indices(num_frames, num_samples=count, stride=stride, start=start)
 
 
 def _read_frames(
@@ -180,12 +250,10 @@ def _read_frames(
     """Frames and their times; UnreadableVideo also where the video ends before start_seconds, or takes too long."""
 
     def read() -> tuple[Tensor, np.ndarray]:
-        with open_video(source, backend=config.decoder) as reader:
-            try:
-                first, last = frame_window(reader.times_seconds, start_seconds=start_seconds, end_seconds=end_seconds)
-            except ValueError as error:
-                raise UnreadableVideo(f"{reader.name}: {error}") from error
-            indices = first + clip_indices(last - first, config=config, seed=seed, key=key)
+        times = {"start_seconds": start_seconds, "end_seconds": end_seconds}
+        with open_window(source, decoder=config.decoder, **times) as (reader, first, last):
+            rate = reader.frames_per_second
+            indices = first + clip_indices(last - first, frames_per_second=rate, config=config, seed=seed, key=key)
             return reader.frames(indices.tolist()), reader.times_seconds[indices]
 
     name = str(source) if isinstance(source, str | Path) else "the video given"

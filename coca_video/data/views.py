@@ -12,18 +12,25 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from coca_video.data.sampling import linspace_float32, uniform_indices
+from coca_video.data import view_frames
 from coca_video.data.transforms import Box
 
 ProtocolName = Literal[
-    "uniform", "mmaction2_tsn", "mmaction2_dense", "slowfast", "uniformerv2", "videomae", "videomae_ssv2", "vjepa2"
+    "uniform",
+    "mmaction2_tsn",
+    "mmaction2_dense",
+    "slowfast",
+    "pytorchvideo",
+    "uniformerv2",
+    "videomae",
+    "videomae_ssv2",
+    "vjepa2",
 ]
 CropRule = Literal["centre", "three", "ten"]
 Aggregate = Literal["mean_softmax", "concatenate_clips"]
 
 NUM_CROPS: dict[CropRule, int] = {"centre": 1, "three": 3, "ten": 10}
 STRIDED = ("mmaction2_dense", "slowfast", "videomae", "vjepa2")  # rules with a fixed step between two frames of a clip
-SLOWFAST_FRAMES_PER_SECOND = 30  # DATA.TARGET_FPS in PySlowFast's config/defaults.py
 
 
 class CropView(NamedTuple):
@@ -50,6 +57,10 @@ class Protocol:
       from start to start + L - 1, cut to [0, N - 1] and truncated. 10 clips of 8 x 8 (SLOW_8x8), 3 crops.
       Not reproduced: where PySlowFast decodes selectively, it rounds the start to packet times, which depends on the
       container and its decoder; and USE_OFFSET_SAMPLING, which is off by default.
+    - "pytorchvideo": make_clip_sampler("constant_clips_per_video", clip_seconds, C), its clips from
+      c (N / fps - clip_seconds) / C on, then uniform_temporal_subsample(T) of the frames in each, by torch.linspace,
+      truncated; see `pytorchvideo_indices`. A rate of 29.97 is 30000 / 1001. 10 clips of 2.13 s with 8 frames, 3 crops
+      (pytorchvideo_trainer/conf: datamodule/dataloader/kinetics_classification.yaml, classification_slow_8x8_r50.yaml).
     - "uniformerv2": slowfast/datasets/decoder.py of UniFormerV2, get_seq_frames (sparse, decord): g = (N - 1) / T,
       frame min(round(g i) + floor(g / (C + 1) (c + 1)), N - 1), halves to even. 8 frames, 4 clips, 3 crops.
     - "videomae": kinetics.py of VideoMAE, mode "test": every s-th frame 0, s, 2s, ... (the last repeated up to T); of
@@ -72,7 +83,7 @@ class Protocol:
     - MMAction2 (processing.py): ThreeCrop 0, 2 floor(S / 2), floor(S / 2); TenCrop upper left, upper right, lower
       left, lower right, centre with steps of floor(S / 4) (so the far corner is 4 floor(S / 4)), each followed by its
       mirror image; CenterCrop floor(S / 2).
-    - PySlowFast and UniFormerV2 (transform.py, uniform_crop): 0, ceil(S / 2), S.
+    - PySlowFast, pytorchvideo and UniFormerV2 (uniform_crop): 0, ceil(S / 2), S.
     - VideoMAE: floor(k S / 2) for k = 0, 1, 2. V-JEPA 2 (evals/video_classification_frozen/utils.py): k floor(S / 2).
 
     "centre" is the peer's middle crop, "ten" MMAction2's rule for all. ValueError for fields without effect or sense.
@@ -82,6 +93,7 @@ class Protocol:
     num_clips: int
     frames_per_clip: int
     stride: int | None = None  # source frames from one frame of a clip to the next; None where the rule has no stride
+    clip_seconds: float | None = None  # for "pytorchvideo" alone
     crops: CropRule
     short_side: int = 224
     crop_size: int = 224
@@ -94,6 +106,11 @@ class Protocol:
         if (self.stride is not None) != (self.name in STRIDED):
             needs = "a stride" if self.name in STRIDED else "no stride"
             raise ValueError(f"expected {needs} for protocol {self.name!r}, got {self.stride}")
+        if (self.clip_seconds is not None) != (self.name == "pytorchvideo"):
+            needs = "clip_seconds" if self.name == "pytorchvideo" else "no clip_seconds"
+            raise ValueError(f"expected {needs} for protocol {self.name!r}, got {self.clip_seconds}")
+        if self.clip_seconds is not None and not 0 < self.clip_seconds < math.inf:
+            raise ValueError(f"expected clip_seconds above 0 and finite, got {self.clip_seconds}")
         if self.crops == "three" and self.crop_size != self.short_side:
             raise ValueError(f"expected three crops as wide as the short side, {self.short_side}, got {self.crop_size}")
         match self.name:
@@ -119,27 +136,54 @@ class Protocol:
     def frame_indices(self, *, num_frames: int, frames_per_second: float) -> Int64[np.ndarray, "clips frames"]:
         """The frames of each clip, all in [0, num_frames), for a video of so many frames; see the class.
 
-        Only "slowfast" looks at frames_per_second. ValueError for a video without a frame or a rate not above 0.
+        Only "slowfast" and "pytorchvideo" look at frames_per_second. ValueError for a video without a frame or a rate
+        not above 0.
         """
         if num_frames < 1 or not 0 < frames_per_second < math.inf:
             raise ValueError(f"expected a frame and a positive rate, got {num_frames} at {frames_per_second} a second")
+        clips, frames = self.num_clips, self.frames_per_clip
         match self.name:
             case "uniform":
-                return _uniform(self, num_frames=num_frames)
+                return view_frames.uniform(num_frames, num_clips=clips, frames_per_clip=frames)
             case "mmaction2_tsn":
-                return _mmaction2_tsn(self, num_frames=num_frames)
-            case "mmaction2_dense":
-                return _mmaction2_dense(self, num_frames=num_frames)
-            case "slowfast":
-                return _slowfast(self, num_frames=num_frames, frames_per_second=frames_per_second)
+                return view_frames.mmaction2_tsn(num_frames, num_clips=clips)
+            case "pytorchvideo":
+                assert self.clip_seconds is not None
+                return view_frames.pytorchvideo(
+                    num_frames,
+                    frames_per_second=frames_per_second,
+                    num_clips=clips,
+                    frames_per_clip=frames,
+                    clip_seconds=self.clip_seconds,
+                )
             case "uniformerv2":
-                return _uniformerv2(self, num_frames=num_frames)
-            case "videomae":
-                return _videomae(self, num_frames=num_frames)
+                return view_frames.uniformerv2(num_frames, num_clips=clips, frames_per_clip=frames)
             case "videomae_ssv2":
-                return _videomae_ssv2(self, num_frames=num_frames)
+                return view_frames.videomae_ssv2(num_frames, frames_per_clip=frames)
+            case "mmaction2_dense" | "slowfast" | "videomae" | "vjepa2":
+                return self._strided(num_frames, frames_per_second=frames_per_second)
+
+    def _strided(self, num_frames: int, *, frames_per_second: float) -> Int64[np.ndarray, "clips frames"]:
+        """`frame_indices` of the rules with a stride."""
+        clips, frames, stride = self.num_clips, self.frames_per_clip, self.stride
+        assert stride is not None
+        match self.name:
+            case "mmaction2_dense":
+                return view_frames.mmaction2_dense(num_frames, num_clips=clips, frames_per_clip=frames, stride=stride)
+            case "slowfast":
+                return view_frames.slowfast(
+                    num_frames,
+                    frames_per_second=frames_per_second,
+                    num_clips=clips,
+                    frames_per_clip=frames,
+                    stride=stride,
+                )
+            case "videomae":
+                return view_frames.videomae(num_frames, num_clips=clips, frames_per_clip=frames, stride=stride)
             case "vjepa2":
-                return _vjepa2(self, num_frames=num_frames)
+                return view_frames.vjepa2(num_frames, num_clips=clips, frames_per_clip=frames, stride=stride)
+            case _:
+                raise AssertionError(f"{self.name} has no stride")
 
     def crop_views(self, height: int, width: int) -> tuple[CropView, ...]:
         """`num_crops` square regions of a height x width frame, in the peer's order; see the class."""
@@ -192,6 +236,16 @@ def _preset(name: ProtocolName) -> Protocol:
             return Protocol(
                 name=name, num_clips=10, frames_per_clip=8, stride=8, crops="three", short_side=256, crop_size=256
             )
+        case "pytorchvideo":
+            return Protocol(
+                name=name,
+                num_clips=10,
+                frames_per_clip=8,
+                clip_seconds=2.13,  # 64 frames at 30 a second: SLOW_8x8
+                crops="three",
+                short_side=256,
+                crop_size=256,
+            )
         case "uniformerv2":
             return Protocol(name=name, num_clips=4, frames_per_clip=8, crops="three")
         case "videomae":
@@ -211,93 +265,6 @@ def _preset(name: ProtocolName) -> Protocol:
             )
 
 
-def _stride(rule: Protocol) -> int:
-    """The stride of a rule that has one."""
-    assert rule.stride is not None, f"{rule.name} was made without a stride"
-    return rule.stride
-
-
-def _uniform(rule: Protocol, *, num_frames: int) -> Int64[np.ndarray, "clips frames"]:
-    """Clip c has the frames at (c + 1/2) / C of each segment."""
-    offsets = [np.full(rule.frames_per_clip, (2 * clip + 1) / (2 * rule.num_clips)) for clip in range(rule.num_clips)]
-    return np.stack([uniform_indices(num_frames, num_samples=rule.frames_per_clip, offsets=each) for each in offsets])
-
-
-def _mmaction2_tsn(rule: Protocol, *, num_frames: int) -> Int64[np.ndarray, "clips 1"]:
-    """SampleFrames for clips of one frame."""
-    # In floating point, as MMAction2 has it: with 25 clips, 7% of lengths below 5,000 have a frame that is not exact.
-    segment = num_frames / rule.num_clips
-    centres = np.arange(rule.num_clips, dtype=np.float64) * segment + segment / 2
-    return centres.astype(np.int64)[:, None]
-
-
-def _mmaction2_dense(rule: Protocol, *, num_frames: int) -> Int64[np.ndarray, "clips frames"]:
-    """SampleFrames for longer clips, which go on from frame 0 beyond the end."""
-    stride = _stride(rule)
-    last_start = max(num_frames - ((rule.frames_per_clip - 1) * stride + 1), 0)
-    if rule.num_clips == 1:
-        starts = np.array([last_start // 2])
-    else:
-        starts = np.round(np.arange(rule.num_clips) * (last_start / (rule.num_clips - 1))).astype(np.int64)
-    indices: Int64[np.ndarray, "clips frames"] = starts[:, None] + np.arange(rule.frames_per_clip) * stride
-    indices %= num_frames
-    return indices
-
-
-def _slowfast(rule: Protocol, *, num_frames: int, frames_per_second: float) -> Int64[np.ndarray, "clips frames"]:
-    """get_start_end_idx, then temporal_sampling."""
-    clip_length = max(_stride(rule) * rule.frames_per_clip / SLOWFAST_FRAMES_PER_SECOND * frames_per_second, 1.0)
-    slack = max(num_frames - clip_length, 0.0)
-    starts = [slack * clip / rule.num_clips for clip in range(rule.num_clips)]
-    points = [
-        linspace_float32(start, stop=start + clip_length - 1, num_samples=rule.frames_per_clip) for start in starts
-    ]
-    indices: Int64[np.ndarray, "clips frames"] = np.clip(np.stack(points), 0, num_frames - 1).astype(np.int64)
-    return indices
-
-
-def _uniformerv2(rule: Protocol, *, num_frames: int) -> Int64[np.ndarray, "clips frames"]:
-    """get_seq_frames."""
-    segment = (num_frames - 1) / rule.frames_per_clip
-    starts = np.round(np.arange(rule.frames_per_clip) * segment).astype(np.int64)
-    offsets = np.floor(segment / (rule.num_clips + 1) * np.arange(1, rule.num_clips + 1)).astype(np.int64)
-    indices: Int64[np.ndarray, "clips frames"] = np.minimum(starts + offsets[:, None], num_frames - 1)
-    return indices
-
-
-def _videomae(rule: Protocol, *, num_frames: int) -> Int64[np.ndarray, "clips frames"]:
-    """VideoClsDataset, mode "test"."""
-    kept = np.arange(0, num_frames, _stride(rule), dtype=np.int64)
-    step = max((len(kept) - rule.frames_per_clip) / (rule.num_clips - 1), 0.0)
-    starts = np.array([int(clip * step) for clip in range(rule.num_clips)])
-    indices: Int64[np.ndarray, "clips frames"] = kept[
-        np.minimum(starts[:, None] + np.arange(rule.frames_per_clip), len(kept) - 1)
-    ]
-    return indices
-
-
-def _videomae_ssv2(rule: Protocol, *, num_frames: int) -> Int64[np.ndarray, "clips frames"]:
-    """SSVideoClsDataset, mode "test"."""
-    segment = num_frames / rule.frames_per_clip
-    starts = np.arange(rule.frames_per_clip) * segment
-    return np.stack([starts, segment / 2 + starts]).astype(np.int64)
-
-
-def _vjepa2(rule: Protocol, *, num_frames: int) -> Int64[np.ndarray, "clips frames"]:
-    """VideoDataset.loadvideo_decord with allow_clip_overlap, its random window replaced by the middle one."""
-    frames, stride, clips = rule.frames_per_clip, _stride(rule), np.arange(rule.num_clips)[:, None]
-    partition, clip_length = num_frames // rule.num_clips, frames * stride
-    if partition > clip_length:
-        start = (partition - 1 - clip_length) // 2
-        window = np.linspace(start, start + clip_length, num=frames)
-        return np.clip(window, start, start + clip_length - 1).astype(np.int64) + clips * partition
-    last = min(clip_length, num_frames) - 1
-    points = np.linspace(0, last, num=last // stride)
-    points = np.concatenate([points, np.full(frames - len(points), last)])
-    step = (num_frames - clip_length) // (rule.num_clips - 1) if num_frames > clip_length else 0
-    return np.clip(points, 0, max(last - 1, 0)).astype(np.int64) + clips * step
-
-
 def _scaled(rule: Protocol, *, height: int, width: int) -> tuple[int, int, int]:
     """Height and width of the frame that the peer cuts crops from, and the side of a crop in its pixels."""
     short, long = min(height, width), max(height, width)
@@ -315,6 +282,8 @@ def _scaled_long(rule: Protocol, *, short: int, long: int) -> int:
         case "slowfast" | "uniformerv2":
             # In this order, which decides the rounding; a frame of that size already is left alone.
             return long if short == rule.short_side else math.floor(long / short * rule.short_side)
+        case "pytorchvideo":  # short_side_scale, which resizes a frame of that size too
+            return math.floor(long / short * rule.short_side)
         case "uniform" | "videomae" | "videomae_ssv2" | "vjepa2":
             return int(rule.short_side * long / short)
 
@@ -337,7 +306,7 @@ def _offsets(rule: Protocol, *, rows: int, columns: int) -> list[tuple[int, int,
 
 def _middle(rule: Protocol, *, slack: int) -> int:
     """The offset of the middle crop."""
-    return -(-slack // 2) if rule.name in ("slowfast", "uniformerv2") else slack // 2
+    return -(-slack // 2) if rule.name in ("slowfast", "pytorchvideo", "uniformerv2") else slack // 2
 
 
 def _three(rule: Protocol, *, slack: int) -> tuple[int, int, int]:
@@ -348,7 +317,7 @@ def _three(rule: Protocol, *, slack: int) -> tuple[int, int, int]:
             return (0, 2 * middle, middle)
         case "vjepa2":
             return (0, middle, 2 * middle)
-        case "uniform" | "slowfast" | "uniformerv2" | "videomae" | "videomae_ssv2":
+        case "uniform" | "slowfast" | "pytorchvideo" | "uniformerv2" | "videomae" | "videomae_ssv2":
             return (0, middle, slack)
 
 

@@ -10,12 +10,12 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 
 from coca_video.data.deadline import within
-from coca_video.data.decode import Backend, UnreadableVideo, open_video
+from coca_video.data.decode import Backend, UnreadableVideo
 from coca_video.data.frame_cache import FrameCache
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.manifest import Manifest
-from coca_video.data.sampling import frame_window
 from coca_video.data.transforms import Interpolation, horizontal_flip, resize_crop
+from coca_video.data.video import open_window
 from coca_video.data.views import CropView, Protocol
 from coca_video.eval.classification import ClassificationResult, Scored, make_result, softmax_scores
 from coca_video.eval.features import encode_frames
@@ -58,6 +58,11 @@ class MultiViewDataset:
     def __len__(self) -> int:
         return len(self.manifest.rows)
 
+    @property
+    def sample_timeout_seconds(self) -> float:
+        """The most that reading a video takes: see `loader_workers.TimeLimited`."""
+        return self.timeout_seconds
+
     def __getitem__(self, key: SampleKey) -> VideoViews | Unreadable:
         """The views of row key.index, or the name and cause of a video that cannot be read."""
         row = self.manifest.rows[key.index]
@@ -75,13 +80,8 @@ class MultiViewDataset:
     def _read(self, index: int) -> tuple[UInt8[Tensor, "needed 3 height width"], Int64[np.ndarray, "clips frames"]]:
         """The frames that any clip needs, each once, and where among them those of each clip are."""
         row = self.manifest.rows[index]
-        with open_video(row.path, backend=self.decoder) as reader:
-            try:
-                first, last = frame_window(
-                    reader.times_seconds, start_seconds=row.start_seconds, end_seconds=row.end_seconds
-                )
-            except ValueError as error:
-                raise UnreadableVideo(f"{reader.name}: {error}") from error
+        times = {"start_seconds": row.start_seconds, "end_seconds": row.end_seconds}
+        with open_window(row.path, decoder=self.decoder, **times) as (reader, first, last):
             indices = first + self.protocol.frame_indices(
                 num_frames=last - first, frames_per_second=reader.frames_per_second
             )

@@ -8,6 +8,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import torch
 
 from coca_video.data.loader import SampleKey, Samples, Unreadable, in_order
+from coca_video.data.loader_workers import sample_timeout_seconds
 from coca_video.data.prefetch import to_device_ahead
 from coca_video.distributed import gather_objects, rank, world_size
 
@@ -38,6 +39,11 @@ class RankShare(Generic[SampleT]):
 
     def __len__(self) -> int:
         return len(range(self.number, len(self.dataset), self.count))
+
+    @property
+    def sample_timeout_seconds(self) -> float | None:
+        """The data set's own."""
+        return sample_timeout_seconds(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> SampleT | Unreadable:
         return self.dataset[SampleKey(key.epoch, self.number + self.count * key.index)]

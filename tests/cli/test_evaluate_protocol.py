@@ -15,10 +15,10 @@ import torch
 
 from coca_video.cli.__main__ import main
 from coca_video.cli.evaluate import EvaluateOptions
+from coca_video.data import video
 from coca_video.data.decode import Backend, VideoReader, open_video, write_video
 from coca_video.data.manifest import VideoRow, write_manifest
 from coca_video.data.views import ProtocolName
-from coca_video.eval import multiview
 from coca_video.hub import save
 from coca_video.models.coca import CoCa, CoCaConfig
 from coca_video.models.image import VitConfig
@@ -81,6 +81,7 @@ def test_each_protocol_gives_other_scores_and_a_result_of_its_own(arguments: lis
         "manifest_whole_videomae_ssv2_2frames": ["--protocol", "videomae_ssv2", "--num-frames", "2"],
         "manifest_whole_videomae_2frames": ["--protocol", "videomae", "--num-frames", "2"],
         "manifest_whole_slowfast_2frames": ["--protocol", "slowfast", "--num-frames", "2"],
+        "manifest_whole_pytorchvideo_2frames": ["--protocol", "pytorchvideo", "--num-frames", "2"],
         "manifest_whole_mmaction2_dense_2frames": ["--protocol", "mmaction2_dense", "--num-frames", "2"],
         "manifest_whole_vjepa2_1frames": ["--protocol", "vjepa2", "--num-frames", "1"],
         "manifest_whole_vjepa2_2frames": ["--protocol", "vjepa2", "--num-frames", "2"],
@@ -114,6 +115,7 @@ def test_the_result_says_by_which_protocol(
         "num_clips": 8,
         "frames_per_clip": 2,
         "stride": 4,
+        "clip_seconds": None,
         "crops": "three",
         "short_side": 256,
         "crop_size": 256,
@@ -178,7 +180,7 @@ def test_decoder_and_time_limit_reach_the_reader(
             hung.wait(60)
         return open_video(path, backend=backend)
 
-    monkeypatch.setattr(multiview, "open_video", noting)
+    monkeypatch.setattr(video, "open_video", noting)
     assert main([*arguments, "--decoder", "pyav", "--out", str(tmp_path / "patient")]) == 0
     assert asked == ["pyav"] * 5
     assert main([*arguments, "--timeout-seconds", "1.5", "--out", str(tmp_path / "hasty")]) == 1

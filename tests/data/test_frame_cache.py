@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from coca_video.data import frame_cache, frame_cache_build, frame_cache_shards
+from coca_video.data import frame_cache, frame_cache_build, frame_cache_shards, video
 from coca_video.data.decode import UnreadableVideo, open_video
 from coca_video.data.frame_cache import CachedVideoDataset, FrameCache
 from coca_video.data.frame_cache_build import FrameCacheReport, SizeEstimate, build_frame_cache
@@ -228,7 +228,7 @@ def test_the_decoder_asked_for_decodes(manifest: Manifest, tmp_path: Path, monke
         asked.append(backend)
         return open_video(path, backend=backend)
 
-    monkeypatch.setattr(frame_cache_build, "open_video", noting)
+    monkeypatch.setattr(video, "open_video", noting)
     build(manifest, tmp_path / "c", decoder="pyav")
     assert asked == ["pyav"] * 6
 

@@ -7,13 +7,19 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from coca_video.data.loader import SampleKey, Unreadable, in_order
-from coca_video.data.loader_workers import WORKER_TIMEOUT_SECONDS
-from coca_video.data.video import ClipConfig
+from coca_video.data import loader_workers
+from coca_video.data.loader import Order, SampleKey, Unreadable, batches, in_order
+from coca_video.data.loader_workers import worker_timeout
+from coca_video.data.manifest import Manifest
+from coca_video.data.video import ClipConfig, VideoDataset
+from coca_video.data.views import protocol
+from coca_video.eval.multiview import MultiViewDataset
+from coca_video.eval.passes import RankShare
 
 
 @dataclass(frozen=True)
@@ -86,8 +92,49 @@ def test_a_worker_does_not_free_what_it_inherited() -> None:
         gc.enable()
 
 
-def test_a_clip_s_own_limit_comes_long_before_the_workers() -> None:
-    assert 3 * ClipConfig().timeout_seconds <= WORKER_TIMEOUT_SECONDS
+@pytest.mark.parametrize("seconds", [60.0, 600.0, 7200.0])
+def test_a_clip_s_own_limit_comes_four_minutes_before_the_workers(seconds: float) -> None:
+    manifest = Manifest(source=Path("none.csv"), rows=(), classes=("one",))
+    clips = VideoDataset(manifest, config=ClipConfig(timeout_seconds=seconds), seed=0)
+    views = MultiViewDataset(manifest, protocol=protocol("slowfast"), image_size=32, timeout_seconds=seconds)
+    for dataset in (clips, views, RankShare(clips, number=0, count=2)):
+        assert worker_timeout(dataset) == seconds + 240
+    assert worker_timeout(Numbers(-1, hang)) == 300  # it states none
+    assert worker_timeout(RankShare(Several(0.1), number=0, count=1)) == 240.1
+
+
+@dataclass(frozen=True)
+class Several:
+    """Twelve samples, the last of which takes 1.2 s."""
+
+    sample_timeout_seconds: float
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, key: SampleKey) -> int | Unreadable:
+        if key.index == 11:
+            time.sleep(1.2)
+        return key.index
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_the_data_set_s_own_limit_decides(one_pass: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a margin of 0.2 s: enough for a limit of 5 s, too little for one of 0.1 s."""
+    monkeypatch.setattr(loader_workers, "WORKER_MARGIN_SECONDS", 0.2)
+
+    def load_all(limit_seconds: float) -> list[int]:
+        options: dict[str, Any] = {"workers": 1, "collate": list}
+        if one_pass:
+            steps = in_order(Several(limit_seconds), num_samples=12, batch_size=6, **options)
+        else:
+            order = Order(num_samples=12, batch_size=6, seed=0)
+            steps = batches(Several(limit_seconds), order=order, first_step=0, last_step=2, **options)
+        return sorted(number for batch, _ in steps for number in batch or [])
+
+    assert load_all(5.0) == list(range(12))
+    with pytest.raises(TimeoutError, match=r"finished no sample in 0\.3 s"):
+        load_all(0.1)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

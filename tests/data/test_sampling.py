@@ -1,14 +1,9 @@
-"""Frame numbers against double loops in whole numbers and against pytorchvideo, windows, pure generators."""
+"""Frame numbers against double loops in whole numbers, windows, pure generators."""
 
-import importlib.util
 import math
-import random
 import subprocess
 import sys
-import warnings
 from fractions import Fraction
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,21 +14,14 @@ from hypothesis import strategies as st
 
 from coca_video.data.sampling import (
     BeyondEnd,
-    ClipTimes,
-    Seconds,
     clip_starts,
     dense_indices,
     frame_window,
     linspace_float32,
-    pytorchvideo_constant,
-    pytorchvideo_frames,
-    pytorchvideo_random,
-    pytorchvideo_uniform,
     random_dense_start,
     sample_rng,
     uniform_indices,
 )
-from tests.data.numbered_videos import encode, numbers_shown
 
 GOLDEN = [1580722785938471746, 471189835108207819]
 
@@ -265,135 +253,3 @@ def test_linspace_of_whole_numbers_is_that_of_torch() -> None:
             exact = np.linspace(0, frames - 1, num_samples).astype(np.int64)
             differs += not np.array_equal(ours.astype(np.int64), exact)
     assert differs > 0  # otherwise numpy's would do
-
-
-@pytest.fixture(scope="module")
-def pytorchvideo() -> SimpleNamespace:
-    """Its samplers, EncodedVideo and, from a package that today's torchvision cannot import, its subsampling."""
-    with warnings.catch_warnings():
-        # invalid escape sequences in its strings, reported when Python compiles them
-        warnings.filterwarnings("ignore", "invalid escape sequence", DeprecationWarning)
-        warnings.filterwarnings("ignore", ".*invalid escape sequence", SyntaxWarning)
-        from pytorchvideo.data import clip_sampling, encoded_video
-
-        file = Path(clip_sampling.__file__).parents[1] / "transforms" / "functional.py"
-        spec = importlib.util.spec_from_file_location("pytorchvideo_functional", file)
-        assert spec is not None and spec.loader is not None
-        functional = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(functional)
-    return SimpleNamespace(
-        make_clip_sampler=clip_sampling.make_clip_sampler,
-        open_video=encoded_video.EncodedVideo.from_path,
-        subsample=functional.uniform_temporal_subsample,
-    )
-
-
-def all_clips(sampler: Any, duration: Seconds) -> tuple[ClipTimes, ...]:
-    """As its LabeledVideoDataset calls a sampler: from 0.0, then from the end of the clip before, until the last."""
-    found: list[ClipTimes] = []
-    last_end: Seconds = 0.0
-    while True:
-        info = sampler(last_end, duration, None)
-        found.append(ClipTimes(info.clip_start_sec, info.clip_end_sec))
-        last_end = info.clip_end_sec
-        if info.is_last_clip:
-            return tuple(found)
-
-
-def times(lowest: float, highest: float) -> st.SearchStrategy[Seconds]:
-    """Seconds as floats and as exact fractions of whole frames at 30 and 25 a second."""
-    floats = st.floats(lowest, highest)
-    frames = st.tuples(st.integers(math.ceil(lowest * 30), math.floor(highest * 30)), st.sampled_from([25, 30]))
-    return floats | frames.map(lambda pair: Fraction(*pair))
-
-
-@given(times(0.05, 20), times(0.5, 4), st.none() | st.floats(0.1, 0.99) | st.just(Fraction(1, 2)), st.booleans())
-@example(Fraction(39, 30), Fraction(32, 30), Fraction(1, 2), True)  # the example of its docstring
-@example(0.04, 2.0, None, True)  # a clip longer than the video
-@example(10.0, 2.0, None, True)
-def test_uniform_clips_are_those_of_pytorchvideo(
-    pytorchvideo: SimpleNamespace, duration: Seconds, clip: Seconds, share: Seconds | None, backpad_last: bool
-) -> None:
-    stride = None if share is None else clip * share
-    sampler = pytorchvideo.make_clip_sampler("uniform", clip, stride, backpad_last)
-    ours = pytorchvideo_uniform(duration, clip_seconds=clip, stride_seconds=stride, backpad_last=backpad_last)
-    assert ours == all_clips(sampler, duration)
-
-
-@given(times(0.05, 20), times(0.1, 8), st.integers(1, 12))
-@example(0.04, 2.0, 5)
-def test_constant_clips_are_those_of_pytorchvideo(
-    pytorchvideo: SimpleNamespace, duration: Seconds, clip: Seconds, num_clips: int
-) -> None:
-    sampler = pytorchvideo.make_clip_sampler("constant_clips_per_video", clip, num_clips)
-    ours = pytorchvideo_constant(duration, clip_seconds=clip, num_clips=num_clips)
-    assert ours == all_clips(sampler, duration)
-    assert len(ours) == num_clips
-
-
-@given(times(0.05, 20), times(0.1, 8), st.integers(0, 2**32))
-def test_random_clips_are_those_of_pytorchvideo(
-    pytorchvideo: SimpleNamespace, duration: Seconds, clip: Seconds, seed: int
-) -> None:
-    sampler = pytorchvideo.make_clip_sampler("random", clip)
-    before = random.getstate()
-    random.seed(seed)
-    expected = all_clips(sampler, duration)
-    random.setstate(before)
-    fraction = random.Random(seed).random()
-    assert (pytorchvideo_random(duration, clip_seconds=clip, fraction=fraction),) == expected
-
-
-@pytest.mark.parametrize(("decoder", "rate"), [("pyav", Fraction(30)), ("decord", 30.0)])
-def test_frames_are_those_of_pytorchvideo(
-    pytorchvideo: SimpleNamespace, decoder: str, rate: Seconds, tmp_path: Path
-) -> None:
-    pytest.importorskip({"pyav": "av", "decord": "decord"}[decoder], reason="decord has wheels for x86-64 only")
-    path = encode(tmp_path / "a.mp4", num_frames=45)  # 1.5 s
-    video = pytorchvideo.open_video(str(path), decode_audio=False, decoder=decoder)
-    clips = [
-        *pytorchvideo_constant(video.duration, clip_seconds=0.7, num_clips=3),
-        *pytorchvideo_uniform(video.duration, clip_seconds=Fraction(8, 30), stride_seconds=Fraction(5, 30)),
-        *pytorchvideo_uniform(video.duration, clip_seconds=Fraction(1, 30)),
-        pytorchvideo_random(video.duration, clip_seconds=0.5, fraction=0.77),
-        *pytorchvideo_uniform(video.duration, clip_seconds=2.0),
-    ]
-    empty = 0
-    for clip in clips:
-        taken = video.get_clip(*clip)["video"]
-        for num_samples in (1, 4, 16):
-            options: dict[str, Any] = {"frames_per_second": rate, "clip": clip, "num_samples": num_samples}
-            if taken.shape[1] == 0:  # clips of one frame whose float start rounds up to the next
-                empty += 1
-                with pytest.raises(ValueError, match="expected a clip with a frame in it"):
-                    pytorchvideo_frames(45, **options)
-                continue
-            shown = numbers_shown(pytorchvideo.subsample(taken, num_samples).permute(1, 0, 2, 3))
-            assert pytorchvideo_frames(45, **options).tolist() == shown, (clip, num_samples)
-    assert (empty > 0) == (decoder == "decord")
-
-
-def test_known_pytorchvideo_frames() -> None:
-    clip = ClipTimes(Fraction(1), Fraction(2))
-    assert pytorchvideo_frames(300, frames_per_second=30.0, clip=clip, num_samples=4).tolist() == [30, 39, 49, 59]
-    assert pytorchvideo_frames(33, frames_per_second=30.0, clip=clip, num_samples=5).tolist() == [30, 30, 31, 31, 32]
-    assert pytorchvideo_frames(300, frames_per_second=25.0, clip=clip, num_samples=2).tolist() == [25, 49]
-    with pytest.raises(ValueError, match=r"a clip with a frame in it, got 1.000 to 2.000 s of 30 frames"):
-        pytorchvideo_frames(30, frames_per_second=30.0, clip=clip, num_samples=2)
-
-
-def test_pytorchvideo_clips_say_what_is_wrong() -> None:
-    for duration in (0.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match="duration_seconds above 0 and finite"):
-            pytorchvideo_uniform(duration, clip_seconds=1.0)
-        with pytest.raises(ValueError, match="duration_seconds above 0 and finite"):
-            pytorchvideo_constant(duration, clip_seconds=1.0, num_clips=2)
-    with pytest.raises(ValueError, match="clip_seconds above 0"):
-        pytorchvideo_random(1.0, clip_seconds=0.0, fraction=0.5)
-    with pytest.raises(ValueError, match=r"fraction in \[0, 1\)"):
-        pytorchvideo_random(1.0, clip_seconds=0.5, fraction=1.0)
-    with pytest.raises(ValueError, match="num_clips of at least 1"):
-        pytorchvideo_constant(1.0, clip_seconds=0.5, num_clips=0)
-    for stride in (0.0, 1.5):
-        with pytest.raises(ValueError, match="0 < stride_seconds <= clip_seconds"):
-            pytorchvideo_uniform(3.0, clip_seconds=1.0, stride_seconds=stride)

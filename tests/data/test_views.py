@@ -44,6 +44,7 @@ def lefts(rule: Protocol, height: int, width: int) -> list[int]:
         ("mmaction2_tsn", 25, 1, None, "ten", 250, (256, 224), "mean_softmax"),
         ("mmaction2_dense", 10, 16, 4, "three", 30, (256, 256), "mean_softmax"),
         ("slowfast", 10, 8, 8, "three", 30, (256, 256), "mean_softmax"),
+        ("pytorchvideo", 10, 8, None, "three", 30, (256, 256), "mean_softmax"),
         ("uniformerv2", 4, 8, None, "three", 12, (224, 224), "mean_softmax"),
         ("videomae", 5, 16, 4, "three", 15, (224, 224), "mean_softmax"),
         ("videomae_ssv2", 2, 16, None, "three", 6, (224, 224), "mean_softmax"),
@@ -253,6 +254,7 @@ def test_crops_of_240_x_427() -> None:
     assert lefts(protocol("mmaction2_dense"), 240, 427) == [0, 186, 93]
     # 256 x 455: 0, ceil(99.5), 199; 93.8 and 186.8 of 427
     assert lefts(protocol("slowfast"), 240, 427) == [0, 94, 187]
+    assert lefts(protocol("pytorchvideo"), 240, 427) == [0, 94, 187]
     # 224 x 398 (398.5 down): 0, 87, 174; 93.3 and 186.7 of 427
     assert lefts(protocol("uniformerv2"), 240, 427) == [0, 93, 187]
     assert lefts(protocol("videomae"), 240, 427) == [0, 93, 187]
@@ -276,6 +278,9 @@ def test_long_side_to_nearest_or_down() -> None:
     assert lefts(protocol("vjepa2"), 720, 1279) == [0, 279, 558]
     # 230 / 224 x 224 is 229.99 in floating point, but a short side of 224 is not resized
     assert lefts(protocol("uniformerv2"), 224, 230) == [0, 3, 6]
+    # pytorchvideo resizes it, to 229: slack 5, offsets 0, 3, 5
+    small = replace(protocol("pytorchvideo"), short_side=224, crop_size=224)
+    assert lefts(small, 224, 230) == [0, 3, 5]
 
 
 def test_ten_crops() -> None:
@@ -290,7 +295,15 @@ def test_ten_crops() -> None:
 
 @pytest.mark.parametrize(
     ("name", "left"),
-    [("uniform", 93), ("mmaction2_dense", 93), ("slowfast", 94), ("uniformerv2", 93), ("videomae", 93), ("vjepa2", 93)],
+    [
+        ("uniform", 93),
+        ("mmaction2_dense", 93),
+        ("slowfast", 94),
+        ("pytorchvideo", 94),
+        ("uniformerv2", 93),
+        ("videomae", 93),
+        ("vjepa2", 93),
+    ],
 )
 def test_centre_crop(name: ProtocolName, left: int) -> None:
     assert lefts(replace(protocol(name), crops="centre"), 240, 427) == [left]
@@ -334,6 +347,10 @@ def test_crops_lie_in_the_frame(name: ProtocolName, crops: CropRule, height: int
         ("slowfast", {"stride": 0}, "counts of at least 1"),
         ("slowfast", {"stride": None}, "expected a stride for protocol 'slowfast', got None"),
         ("uniformerv2", {"stride": 4}, "expected no stride for protocol 'uniformerv2', got 4"),
+        ("pytorchvideo", {"stride": 4}, "expected no stride for protocol 'pytorchvideo', got 4"),
+        ("pytorchvideo", {"clip_seconds": None}, "expected clip_seconds for protocol 'pytorchvideo', got None"),
+        ("pytorchvideo", {"clip_seconds": 0.0}, "expected clip_seconds above 0 and finite, got 0.0"),
+        ("slowfast", {"clip_seconds": 2.0}, "expected no clip_seconds for protocol 'slowfast', got 2.0"),
         ("mmaction2_tsn", {"crops": "three"}, "three crops as wide as the short side, 256, got 224"),
         ("mmaction2_tsn", {"frames_per_clip": 8}, "clips of 1 frame"),
         ("mmaction2_dense", {"frames_per_clip": 1}, "MMAction2 uses 'mmaction2_tsn'"),

@@ -1,15 +1,13 @@
 """Diving48's recipe on JSON lists written by hand in their true form, of both versions."""
 
-import csv
 import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
-from tqdm import tqdm
 
-from coca_video.data.prepare import PrepareConfig, prepare
 from coca_video.data.recipe import Entry, Request, load_recipe, recipe_classes
+from tests.datasets.samples import assert_sample_is_the_head
 
 FOLDER = Path(__file__).resolve().parents[2] / "datasets" / "diving48"
 RECIPE = load_recipe(FOLDER)
@@ -124,18 +122,4 @@ def test_official_counts_and_classes() -> None:
 
 
 def test_sample_is_the_head_of_the_manifest(tmp_path: Path) -> None:
-    sample = (FOLDER / "sample.csv").read_text().splitlines()
-    for row in csv.DictReader(sample):
-        path = tmp_path / row["path"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(row["path"])  # an empty file would not do
-    config = PrepareConfig(
-        videos=tmp_path / "rgb",
-        out=tmp_path,
-        annotations=(lay_out(tmp_path / "lists"),),
-        check="none",
-        num_workers=1,
-    )
-    prepare(RECIPE, folder=FOLDER, config=config, progress=lambda what, **counts: tqdm(disable=True, **counts))
-    assert (tmp_path / "manifest.csv").read_text().splitlines()[: len(sample)] == sample
-    assert len(sample) == 1 + 2
+    assert_sample_is_the_head(FOLDER, videos=tmp_path / "rgb", annotations=(lay_out(tmp_path / "lists"),), num_rows=2)

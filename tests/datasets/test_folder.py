@@ -1,6 +1,5 @@
 """The recipe of one's own clips, on folders laid out by hand."""
 
-import csv
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -8,6 +7,7 @@ from tqdm import tqdm
 
 from coca_video.data.prepare import PrepareConfig, prepare
 from coca_video.data.recipe import Entry, Request, load_recipe, recipe_classes
+from tests.datasets.samples import assert_sample_is_the_head
 
 FOLDER = Path(__file__).resolve().parents[2] / "datasets" / "folder"
 RECIPE = load_recipe(FOLDER)
@@ -94,12 +94,4 @@ def test_no_classes_and_no_counts_of_ours() -> None:
 
 
 def test_sample_is_the_head_of_the_manifest(tmp_path: Path) -> None:
-    sample = (FOLDER / "sample.csv").read_text().splitlines()
-    for row in csv.DictReader(sample):
-        path = tmp_path / row["path"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(row["path"])  # an empty file would not do
-    config = PrepareConfig(videos=tmp_path / "clips", out=tmp_path, check="none", num_workers=1)
-    prepare(RECIPE, folder=FOLDER, config=config, progress=lambda what, **counts: tqdm(disable=True, **counts))
-    assert (tmp_path / "manifest.csv").read_text().splitlines()[: len(sample)] == sample
-    assert len(sample) == 1 + 3
+    assert_sample_is_the_head(FOLDER, videos=tmp_path / "clips", annotations=(), num_rows=3)

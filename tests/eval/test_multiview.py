@@ -15,13 +15,13 @@ from jaxtyping import Float64, UInt8
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from coca_video.data import video
 from coca_video.data.decode import VideoReader, open_video, write_video
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.manifest import Manifest, VideoRow, read_manifest, write_manifest
 from coca_video.data.transforms import normalize
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.data.views import Protocol, protocol
-from coca_video.eval import multiview
 from coca_video.eval.classification import ClassificationResult, evaluate_clips, make_result
 from coca_video.eval.multiview import MultiViewDataset, VideoViews, evaluate_views
 from coca_video.eval.passes import RankShare, one_pass
@@ -41,6 +41,7 @@ SMALL: dict[str, Protocol] = {
     "mmaction2_tsn": replace(protocol("mmaction2_tsn"), num_clips=4),
     "mmaction2_dense": DENSE,
     "slowfast": replace(protocol("slowfast"), num_clips=3, frames_per_clip=3),
+    "pytorchvideo": replace(protocol("pytorchvideo"), num_clips=2, frames_per_clip=3, clip_seconds=1.0),
     "uniformerv2": UNIFORMER,
     "videomae": replace(protocol("videomae"), num_clips=2, frames_per_clip=3),
     "videomae_ssv2": replace(protocol("videomae_ssv2"), frames_per_clip=3),
@@ -213,7 +214,7 @@ def test_a_video_is_opened_once_and_a_frame_decoded_once(
             yield CountingReader(reader, asked=opened[-1].asked)
 
     plain = evaluate(model, few, rule=rule)
-    monkeypatch.setattr(multiview, "open_video", counting)
+    monkeypatch.setattr(video, "open_video", counting)
     done: list[int] = []
     again = evaluate(model, few, rule=rule, on_batch=done.append)
     np.testing.assert_array_equal(again.scores, plain.scores)

@@ -1,6 +1,7 @@
 """The image encoder: a VisionTransformer by size, or any image model of timm by name; patch tokens out, no head."""
 
 import copy
+import inspect
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -98,13 +99,21 @@ class ImageEncoder(nn.Module):
         self.num_heads = _num_heads(self.model, width=self.width)
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"], *, prefix_tokens: bool = False
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        *,
+        prefix_tokens: bool = False,
+        layers: tuple[int, ...] = (),
     ) -> Float[Tensor, "batch patches dim"]:
         """Normalised images at `config.image_size` to the tokens that timm's `forward_features` gives, row by row.
 
         Class and register tokens, where the model has them, are left out, or stand in front with `prefix_tokens`.
-        A CNN's tokens are the places of its last feature map.
+        A CNN's tokens are the places of its last feature map. With `layers` they are the outputs of these blocks (from
+        0; -1 is the last), each through the model's final norm, one layer's tokens behind another's; what comes after
+        the last of them is not computed. ValueError where the model has no such blocks.
         """
+        if layers:
+            return self._forward_layers(images, prefix_tokens=prefix_tokens, layers=layers)
         features = self.model.forward_features(images)
         if not isinstance(features, Tensor) or features.ndim not in (3, 4):
             raise ValueError(_no_tokens(self.config))
@@ -114,6 +123,42 @@ class ImageEncoder(nn.Module):
         if features.shape[-1] != self.width:  # SelecSLS calls a part of its backbone a head
             raise ValueError(_no_tokens(self.config))
         return features if prefix_tokens else features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+
+    def _forward_layers(
+        self, images: Float[Tensor, "batch 3 height width"], *, prefix_tokens: bool, layers: tuple[int, ...]
+    ) -> Float[Tensor, "batch patches dim"]:
+        numbers = self.check_layers(layers)
+        outputs = self.model.forward_intermediates(
+            images,
+            indices=sorted(numbers),
+            norm=True,
+            stop_early=True,
+            output_fmt="NLC",
+            intermediates_only=True,
+            return_prefix_tokens=prefix_tokens,
+        )
+        if prefix_tokens and self.model.num_prefix_tokens:
+            outputs = [torch.cat([prefix, patches], dim=1) for patches, prefix in outputs]
+        by_number = dict(zip(sorted(numbers), outputs, strict=True))
+        return torch.cat([by_number[number] for number in numbers], dim=1)
+
+    def check_layers(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """`layers` counted from 0. ValueError for one that is not there or comes twice, and for a model without any."""
+        depth = len(self.blocks())
+        if layers and (depth == 0 or not _gives_layers(self.model)):
+            raise ValueError(f"{_name(self.config)} has no layers to choose from; leave encoder_layers empty.")
+        numbers = tuple(layer + depth if layer < 0 else layer for layer in layers)
+        if len(set(numbers)) != len(numbers) or not all(0 <= number < depth for number in numbers):
+            raise ValueError(
+                f"{_name(self.config)} has {depth} layers, counted from 0, or from the last as -1; expected different "
+                f"ones of these, got encoder_layers {layers}."
+            )
+        return numbers
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order; none for a CNN and for a model that has its blocks in stages."""
+        blocks = list(getattr(self.model, "blocks", ()))
+        return blocks if all(hasattr(block, "attn") for block in blocks) else []
 
 
 def check_timm_name(name: str) -> None:
@@ -204,6 +249,12 @@ def _num_heads(model: Any, *, width: int) -> int:
     if isinstance(num_heads, int) and width % num_heads == 0:
         return num_heads
     return min((number for number in range(1, width + 1) if width % number == 0), key=lambda n: abs(n - width / 64))
+
+
+def _gives_layers(model: Any) -> bool:
+    """Whether timm gives its blocks as tokens: not with class-attention (CaiT), maps (SAM) or stages (Hiera)."""
+    parameters = inspect.signature(getattr(model, "forward_intermediates", lambda: None)).parameters
+    return {"return_prefix_tokens", "norm", "stop_early"} <= parameters.keys() and hasattr(model, "num_prefix_tokens")
 
 
 def _patch_size(model: Any) -> int | None:

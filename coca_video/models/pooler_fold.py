@@ -44,13 +44,19 @@ def folded_pool(
     query: Float[Tensor, "heads dim"],
     mask: Bool[Tensor, "batch tokens"] | None,
     eps: float,
+    variance: Float[Tensor, "batch tokens"] | None = None,
 ) -> Float[Tensor, "batch heads dim"]:
     """m_h above, in the tokens' dtype, for the folded queries u_h; `eps` is the layer norm's.
 
-    Statistics and softmax are fp32 or more, products in the tokens' dtype; call it with autocast off. Its gradient
-    cannot be differentiated again: with create_graph=True the backward raises ValueError.
+    With `variance`, that of each token over its features, the tokens are taken to be mean-free and no statistics are
+    computed. Statistics and softmax are fp32 or more, products in the tokens' dtype; call it with autocast off. Its
+    gradient cannot be differentiated again: with create_graph=True the backward raises ValueError.
     """
-    tokens, mean, rstd = _centre_where_needed(tokens, eps=eps)
+    if variance is None:
+        tokens, mean, rstd = _centre_where_needed(tokens, eps=eps)
+    else:
+        rstd = (variance.detach().to(torch.promote_types(tokens.dtype, torch.float32)) + eps).rsqrt()
+        mean = torch.zeros_like(rstd)
     pooled: Tensor = _FoldedPool.apply(tokens, query, mean, rstd, mask)
     return pooled
 

@@ -31,6 +31,7 @@ class VideoClassifier(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = ImageEncoder(config.image)
+        self.encoder.check_layers(config.head.encoder_layers)
         self.head = VideoHead(
             config.head,
             dim=self.encoder.width,
@@ -40,15 +41,19 @@ class VideoClassifier(nn.Module):
         )
 
     def encode(self, frames: Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch frames tokens dim"]:
-        """Normalised frames to the tokens of each."""
-        tokens: Tensor = self.encoder(frames.flatten(0, 1))
+        """Normalised frames to the tokens of each; those of several encoder layers stand side by side."""
+        tokens: Tensor = self.encoder(frames.flatten(0, 1), layers=self.config.head.encoder_layers)
         return tokens.reshape(*frames.shape[:2], *tokens.shape[1:])
 
     def classify(
-        self, tokens: Float[Tensor, "batch frames tokens dim"], *, mask: Bool[Tensor, "batch frames"] | None = None
+        self,
+        tokens: Float[Tensor, "batch frames tokens dim"],
+        *,
+        mask: Bool[Tensor, "batch frames"] | None = None,
+        variance: Float[Tensor, "batch frames tokens"] | None = None,
     ) -> Float[Tensor, "batch classes"]:
-        """Tokens to logits; `mask` is True for real frames."""
-        logits: Tensor = self.head(tokens, mask=mask)
+        """Tokens to logits; `mask` is True for real frames, `variance` that of mean-free tokens over their features."""
+        logits: Tensor = self.head(tokens, mask=mask, variance=variance)
         return logits
 
     def forward(self, frames: Float[Tensor, "batch frames 3 height width"]) -> Float[Tensor, "batch classes"]:

@@ -240,6 +240,24 @@ def test_fold_saves_the_tokens_once_and_little_else(trainable_tokens: bool) -> N
     assert saved == expected + [query.numel(), batch * length, batch * heads * length] * trainable_tokens
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_fold_of_mean_free_tokens_takes_their_variance(monkeypatch: pytest.MonkeyPatch, masked: bool) -> None:
+    """Equal to the fold of the raw tokens, gradients by query and tokens too, with no statistics computed."""
+    tokens, query = make_fold_inputs(mean=0.4)
+    mask = torch.tensor([[True, False, True, True, False], [True, True, False, False, False]]) if masked else None
+    variance = tokens.detach().var(dim=-1, correction=0)
+    centred = (tokens.detach() - tokens.detach().mean(dim=-1, keepdim=True)).requires_grad_()
+    raw = fold(tokens, query, mask)
+    expected = torch.autograd.grad(raw.square().sum(), (tokens, query))
+    monkeypatch.setattr("coca_video.models.pooler_fold._row_statistics", None)
+    free_query = query - query.mean(dim=-1, keepdim=True)
+    pooled = folded_pool(centred, query=free_query, mask=mask, eps=1e-5, variance=variance)
+    pooled = pooled - pooled.mean(dim=-1, keepdim=True)
+    found = torch.autograd.grad(pooled.square().sum(), (centred, query))
+    for ours, theirs in zip((pooled, *found), (raw, *expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 def test_fold_gradients_are_not_rounded_by_an_autocast_around_the_backward() -> None:
     inputs = [value.detach().float().requires_grad_() for value in make_fold_inputs(mean=0.4)]
     pooled = folded_pool(inputs[0], query=inputs[1], mask=None, eps=1e-5)

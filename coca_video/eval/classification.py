@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
-from coca_video.data.loader import Unreadable, in_order
-from coca_video.data.video import VideoDataset, collate_clips
-from coca_video.eval.features import TokenBatch, TokenDataset, collate_tokens, encode_batch
+from coca_video.data.loader import Unreadable
+from coca_video.data.video import Clip, collate_clips
+from coca_video.eval.features import TokenBatch, encode_batch
 from coca_video.eval.metrics import ClassificationMetrics, classification_metrics
-from coca_video.eval.passes import one_pass, over_ranks, share_of_rank
+from coca_video.eval.passes import SizedSamples, one_pass, over_ranks, share_of_rank
+from coca_video.eval.token_cache import CachedTokens, TokenCache
 from coca_video.models.video import VideoClassifier
 
 
@@ -46,7 +47,7 @@ class Scored(NamedTuple):
 def evaluate_clips(
     model: VideoClassifier,
     *,
-    dataset: VideoDataset,
+    dataset: SizedSamples[Clip],
     classes: tuple[str, ...],
     device: torch.device,
     batch_size: int = 16,
@@ -75,24 +76,45 @@ def evaluate_clips(
 
 @torch.no_grad()
 def evaluate_tokens(
-    model: VideoClassifier, *, dataset: TokenDataset, classes: tuple[str, ...], batch_size: int = 64
+    model: VideoClassifier,
+    *,
+    dataset: SizedSamples[CachedTokens],
+    classes: tuple[str, ...],
+    device: torch.device,
+    batch_size: int = 16,
+    num_workers: int = 0,
+    on_batch: Callable[[int], object] | None = None,
 ) -> ClassificationResult:
-    """The same on tokens that were encoded before, all of them on each rank."""
-    stream = in_order(dataset, num_samples=len(dataset), batch_size=batch_size, workers=0, collate=collate_tokens)
-    scored = list(_scored(model, (batch for batch, _ in stream if batch is not None)))
-    return make_result(scored, classes=classes, unreadable=dataset.unreadable)
+    """The same on tokens of the model's encoder, from a token cache or some rows of it; the head computes in fp32."""
+    unreadable: list[Unreadable] = []
+    packed = one_pass(
+        share_of_rank(dataset),
+        batch_size=batch_size,
+        num_workers=num_workers,
+        collate=TokenCache.collate,
+        device=device,
+        unreadable=unreadable,
+        on_batch=on_batch,
+    )
+    scored = list(_scored(model, (batch.to_tokens() for batch in packed)))
+    return make_result(over_ranks(scored), classes=classes, unreadable=over_ranks(unreadable))
 
 
 def _scored(model: VideoClassifier, batches: Iterable[TokenBatch]) -> Iterator[Scored]:
     for batch in batches:
-        yield from map(Scored, batch.video_ids, batch.labels.tolist(), softmax_scores(model, batch.tokens))
+        scores = softmax_scores(model, batch.tokens, variance=batch.variance)
+        yield from map(Scored, batch.video_ids, batch.labels.tolist(), scores)
 
 
 def softmax_scores(
-    model: VideoClassifier, tokens: Float[Tensor, "batch frames tokens dim"]
+    model: VideoClassifier,
+    tokens: Float[Tensor, "batch frames tokens dim"],
+    *,
+    variance: Float[Tensor, "batch frames tokens"] | None = None,
 ) -> Float64[np.ndarray, "batch classes"]:
-    """Class scores of tokens that are pooled together, the softmax in float64."""
-    scores: Float64[np.ndarray, "batch classes"] = model.classify(tokens).cpu().double().softmax(dim=1).numpy()
+    """Class scores of tokens that are pooled together, the softmax in float64. `variance`: see `TokenBatch`."""
+    logits = model.classify(tokens, variance=variance)
+    scores: Float64[np.ndarray, "batch classes"] = logits.cpu().double().softmax(dim=1).numpy()
     return scores
 
 

@@ -11,7 +11,7 @@ import torch
 from coca_video.cli.__main__ import main
 from coca_video.data.manifest import Manifest, read_manifest
 from coca_video.data.video import ClipConfig, VideoDataset
-from coca_video.eval.classification import ClassificationResult, evaluate_clips, evaluate_tokens, write_result
+from coca_video.eval.classification import ClassificationResult, evaluate_clips, softmax_scores, write_result
 from coca_video.eval.features import encode_clips
 from coca_video.eval.predict import load_predictor
 from coca_video.hub import save
@@ -63,11 +63,26 @@ def test_batches_and_workers_change_nothing(model: VideoClassifier, manifest: Ma
         np.testing.assert_allclose(other.scores, one.scores, atol=1e-6)
 
 
-def test_cached_tokens_give_the_same_scores(model: VideoClassifier, manifest: Manifest) -> None:
-    tokens = encode_clips(model, dataset=dataset(manifest), device=CPU)
-    assert tokens.batch.tokens.shape == (30, 3, 36, 96)
-    cached = evaluate_tokens(model, dataset=tokens, classes=manifest.classes)
-    np.testing.assert_allclose(cached.scores, evaluate(model, manifest, batch_size=16).scores, atol=1e-6)
+@torch.no_grad()
+def test_clips_in_memory_are_in_order(model: VideoClassifier, manifest: Manifest) -> None:
+    told: list[int] = []
+    clips = dataset(manifest)
+    encoded = encode_clips(model, dataset=clips, device=CPU, batch_size=7, on_batch=told.append)
+    assert encoded.batch.video_ids == tuple(row.video_id for row in manifest.rows) and told == [7, 7, 7, 7, 2]
+    result = evaluate(model, manifest, batch_size=16)
+    for tokens, name in zip(encoded.batch.tokens, encoded.batch.video_ids, strict=True):
+        (scores,) = softmax_scores(model, tokens.unsqueeze(0))
+        np.testing.assert_allclose(scores, result.scores[result.video_ids.index(name)], atol=1e-6)
+
+
+@torch.no_grad()
+def test_scores_of_tokens_without_means_are_the_same(model: VideoClassifier, manifest: Manifest) -> None:
+    """With their variances they need no statistics; with other variances the scores are others."""
+    tokens = encode_clips(model, dataset=dataset(manifest), device=CPU).batch.tokens + 3.0
+    free, variance = tokens - tokens.mean(-1, keepdim=True), tokens.var(-1, correction=0)
+    expected = softmax_scores(model, tokens)
+    np.testing.assert_allclose(softmax_scores(model, free, variance=variance), expected, atol=1e-5)
+    assert np.abs(softmax_scores(model, free, variance=4 * variance) - expected).max() > 1e-3
 
 
 def test_bf16_is_bf16(model: VideoClassifier, manifest: Manifest) -> None:

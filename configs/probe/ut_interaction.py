@@ -10,16 +10,16 @@ both reach is in LOG.md.
 
 from pathlib import Path
 
-from coca_video.train.classify import ClipsConfig, PretrainedEncoder, ProbeConfig
 from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
+from coca_video.train.probe_config import ClipsConfig, PretrainedEncoder, ProbeConfig
 
 config = ProbeConfig(
     encoder=PretrainedEncoder(model="runs/flickr8k_small"),
     clips=ClipsConfig(train=Path("runs/ut_interaction/manifest.csv")),
     out=Path("runs/ut_interaction/probe"),
     num_frames=8,
-    cache_tokens=True,
+    token_cache=Path("runs/ut_interaction/tokens"),
     augment=False,
     optim=OptimConfig(learning_rate=1e-3, weight_decay=0.05, warmup_steps=20),
     loop=LoopConfig(steps=200, batch_size=54, log_every=10, checkpoint_every=100),

@@ -18,6 +18,7 @@ HEAVY = {
     "tokenizers",
     "huggingface_hub",
     "tensorboard",
+    "sklearn",
 }
 VERBS = (
     "doctor",
@@ -26,6 +27,8 @@ VERBS = (
     "tokenizer",
     "pretrain",
     "probe",
+    "sweep",
+    "linear",
     "evaluate",
     "predict",
     "caption",

@@ -3,9 +3,12 @@
     python benchmarks/ut_interaction.py --manifest runs/ut_interaction/manifest.csv --encoder runs/flickr8k_small \
         --json runs/ut_interaction/protocol.json
 
-Probes with one recipe, fixed beforehand, on a pretrained encoder, on random ones (another for each seed), and on the
-middle frame alone. Every clip is tested once in a seed; a figure is the accuracy over all 120. A run that is stopped
-goes on with the folds that --json does not hold yet.
+Probes with one recipe, fixed beforehand: the paper's single query on a pretrained encoder, on random ones (another for
+each seed), and on the middle frame alone; the same encoder under a mean in place of the query, under a query that is
+told when each frame is, and under scikit-learn's logistic regression on the mean token (C by 5-fold cross-validation
+within the training clips). Every clip is tested once in a seed; a figure is the accuracy over all 120, its interval the
+95% of a bootstrap over clips, each with all its seeds. A run that is stopped goes on with the folds that --json does
+not hold yet.
 
 With --frame-cache DIR the clips come from a frame cache of the usual settings, built there first. --against JSON then
 compares with a run of the videos themselves, clip by clip: how many predictions changed, and by how much the mean
@@ -18,17 +21,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.preprocessing import StandardScaler
 
 from coca_video.data.frame_cache_format import FrameCacheConfig
 from coca_video.data.manifest import Manifest, read_manifest
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.eval.features import TokenBatch, encode_clips
 from coca_video.hub import Saved, load
+from coca_video.models.head import HeadConfig
 from coca_video.models.video import VideoClassifier
 from coca_video.train.classify import probe_step
 from coca_video.train.loop import LoopConfig, pick_device, progress_bar
@@ -53,18 +61,24 @@ RECIPE = ProbeConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """A row of the table: which encoder, and how many frames it sees."""
+    """A row of the table: which encoder, how many frames it sees, and what is trained on its tokens (None: linear)."""
 
     name: str
-    pretrained: bool
-    num_frames: int
+    pretrained: bool = True
+    num_frames: int = NUM_FRAMES
+    head: HeadConfig | None = field(default_factory=HeadConfig)
 
 
 VARIANTS = (
-    Variant(name=f"pretrained encoder, {NUM_FRAMES} frames", pretrained=True, num_frames=NUM_FRAMES),
-    Variant(name=f"random encoder, {NUM_FRAMES} frames", pretrained=False, num_frames=NUM_FRAMES),
-    Variant(name="pretrained encoder, middle frame", pretrained=True, num_frames=1),
+    Variant(name=f"pretrained encoder, {NUM_FRAMES} frames"),
+    Variant(name=f"random encoder, {NUM_FRAMES} frames", pretrained=False),
+    Variant(name="pretrained encoder, middle frame", num_frames=1),
+    Variant(name="mean pooling", head=HeadConfig(pooling="mean")),
+    Variant(name="time embedding, sincos", head=HeadConfig(time_embedding="sincos")),
+    Variant(name="time embedding, learned", head=HeadConfig(time_embedding="learned")),
+    Variant(name="logistic regression", head=None),
 )
+BOOTSTRAPS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +190,11 @@ def _run_folds(
     batch = _encoded(fresh().to(device), clips=clips, device=device)
     for key, (train, test) in zip(keys, _folds(manifest), strict=True):
         if key not in done.predicted:
-            head = fresh().to(device)
-            predicted = _train_and_test(head.train(), config=config, batch=batch, train=train, test=test)
+            if variant.head is None:
+                predicted = _logistic_regression(batch, train=train, test=test)
+            else:
+                head = fresh().to(device)
+                predicted = _train_and_test(head.train(), config=config, batch=batch, train=train, test=test)
             yield key, [manifest.classes[number] for number in predicted]
 
 
@@ -188,7 +205,8 @@ def _recipe(
     encoder = (
         PretrainedEncoder(model=options.encoder) if variant.pretrained else RandomEncoder(image=saved.encoder.config)
     )
-    config = replace(RECIPE, encoder=encoder, num_frames=variant.num_frames, loop=replace(RECIPE.loop, seed=seed))
+    loop, head = replace(RECIPE.loop, seed=seed), variant.head or HeadConfig()
+    config = replace(RECIPE, encoder=encoder, num_frames=variant.num_frames, head=head, loop=loop)
     pretrained = saved if variant.pretrained else None
     return config, partial(build_classifier, config, num_classes=len(manifest.classes), pretrained=pretrained)
 
@@ -221,6 +239,17 @@ def _train_and_test(
         probe_step(model, clips, optimizer, scores=lambda part: model.classify(part.inputs), config=config)
     with torch.no_grad():
         predicted: list[int] = model.eval().classify(batch.tokens[test]).argmax(dim=1).tolist()
+    return predicted
+
+
+def _logistic_regression(batch: TokenBatch, *, train: list[int], test: list[int]) -> list[int]:
+    """What the mean tokens, standardised, say of each test clip; nothing in it depends on a seed."""
+    features, labels = batch.tokens.flatten(1, 2).mean(dim=1).cpu().numpy(), batch.labels.cpu().numpy()
+    scaler = StandardScaler().fit(features[train])
+    grid = {"C": [10.0**power for power in range(-4, 3)]}
+    search = GridSearchCV(LogisticRegression(max_iter=5000), grid, cv=5)
+    search.fit(scaler.transform(features[train]), labels[train])
+    predicted: list[int] = search.predict(scaler.transform(features[test])).tolist()
     return predicted
 
 
@@ -261,12 +290,23 @@ def _write(options: argparse.Namespace, *, results: Results, manifest: Manifest)
 def _print_table(results: Results, *, variants: tuple[Variant, ...], manifest: Manifest, num_seeds: int) -> None:
     title = f"UT-Interaction, 20 folds, {results.frames}"
     width = max(len(title), *(len(variant.name) for variant in variants))
-    print(f"{title:<{width}}  {'mean':>6}  {'deviation':>9}  seeds")
+    print(f"{title:<{width}}  {'mean':>6}  {'95% interval':>12}  {'deviation':>9}  seeds")
     for variant in variants:
         values = _accuracies(results, variant=variant, num_seeds=num_seeds, manifest=manifest)
         deviation = statistics.stdev(values) if len(values) > 1 else float("nan")
         seeds = "  ".join(f"{value:.3f}" for value in values)
-        print(f"{variant.name:<{width}}  {statistics.mean(values):6.3f}  {deviation:9.3f}  {seeds}")
+        low, high = _interval(results, variant=variant, num_seeds=num_seeds, manifest=manifest)
+        interval = f"{low:.3f}, {high:.3f}"
+        print(f"{variant.name:<{width}}  {statistics.mean(values):6.3f}  {interval:>12}  {deviation:9.3f}  {seeds}")
+
+
+def _interval(results: Results, *, variant: Variant, num_seeds: int, manifest: Manifest) -> tuple[float, float]:
+    """95% of the means of as many clips drawn from the clips, each with what all seeds say of it."""
+    rights = [_right(results, variant=variant, seed=seed, manifest=manifest) for seed in range(num_seeds)]
+    by_clip = np.mean(rights, axis=0)
+    draws = np.random.default_rng(0).integers(len(by_clip), size=(BOOTSTRAPS, len(by_clip)))
+    low, high = np.quantile(by_clip[draws].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
 
 
 def _print_comparison(

@@ -206,7 +206,7 @@ def test_what_is_allowed_passes(tmp_path: Path, file: str, source: str) -> None:
     assert violations(tmp_path) == []
 
 
-DISTRIBUTIONS = {"PIL": "pillow"}  # where a module is not called like its distribution
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}  # where a module is not called like its distribution
 THROUGH_TORCH = {"tensorboard"}  # torch.utils.tensorboard imports it
 EXTRAS = {"ftfy", "regex"}  # imported where it is used, with a sentence when it is missing
 

@@ -16,6 +16,8 @@ VERBS = {
     "tokenizer": "learn a vocabulary from captions",
     "pretrain": "train CoCa on captioned images: contrastive + captioning loss",
     "probe": "train a single-query probe on the frames of a frozen image encoder",
+    "sweep": "train many probes in one pass, and keep the best on held-out clips",
+    "linear": "linear evaluation and k-NN of frozen features, beside the attentional pooler",
     "evaluate": "accuracy of a probe on clips, or retrieval of a CoCa on captioned images",
     "predict": "name the action in video files",
     "caption": "describe images and videos with a CoCa",

@@ -1,8 +1,9 @@
 """The manifest of clips: a CSV, or a folder laid out by hand. The contract between data sets and everything else.
 
-Columns: path (a file or a folder of images, relative to the manifest; or a URL), label (a class NAME), video_id,
-start_seconds, end_seconds, split; other columns are kept as `extra`. The order of classes, and so every class index,
-comes from `classes.txt` beside the CSV and from nowhere else: sorting folder names permutes classes of Kinetics.
+Columns: path (a video, a picture or a folder of images, relative to the manifest; or a URL), label (a class NAME),
+video_id, start_seconds, end_seconds, split; other columns are kept as `extra`. The order of classes, and so every
+class index, comes from `classes.txt` beside the CSV and from nowhere else: sorting folder names permutes classes of
+Kinetics.
 """
 
 import csv
@@ -23,15 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
+from coca_video.data.clip_files import VIDEO_SUFFIXES as VIDEO_SUFFIXES
+from coca_video.data.clip_files import clip_files
 from coca_video.data.table import TextColumn, VideoRows
 from coca_video.data.table import VideoRow as VideoRow  # whoever uses a manifest finds its rows here
 
 COLUMNS = ("path", "label", "video_id", "start_seconds", "end_seconds", "split")
 CLASSES_FILE = "classes.txt"
 Place = Callable[[int], str]  # where a row stands, in words
-VIDEO_SUFFIXES = frozenset(
-    {".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".3gp", ".mts", ".m2ts"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +113,12 @@ class Manifest:
         return {name: index for index, name in enumerate(self.classes)}
 
 
-def read_manifest(source: Path, *, classes: Sequence[str] | None = None) -> Manifest:
+def read_manifest(source: Path, *, classes: Sequence[str] | None = None, classes_by_name: bool = False) -> Manifest:
     """Reads a CSV, or a folder laid out as DIR/<class>/clip.mp4 or DIR/<split>/<class>/clip.mp4.
 
     `classes` is a trained model's, in its order; without it, they are read from classes.txt beside the CSV or inside
-    the folder. A folder's rows are sorted by path. Files are not opened: see `Manifest.check_files`.
+    the folder, or, with `classes_by_name` and no such file, numbered in the order of their names. A folder's rows are
+    sorted by path. Files are not opened: see `Manifest.check_files`.
 
     Raises:
         ValueError: one sentence for each thing that may be wrong with the manifest or its classes.
@@ -128,6 +129,8 @@ def read_manifest(source: Path, *, classes: Sequence[str] | None = None) -> Mani
         (rows, place), classes_path = _read_csv(source), source.parent / CLASSES_FILE
     else:
         raise ValueError(f"There is no manifest {source}: expected a CSV file or a folder of clips.")
+    if classes is None and classes_by_name and not classes_path.is_file():
+        classes = sorted({label for label in rows.labels if label is not None})
     names, classes_from = _choose_classes(rows.labels, source=source, given=classes, path=classes_path)
     _check_labels(rows.labels, place=place, classes=names, classes_from=classes_from)
     _check_video_ids(rows.video_ids, place=place)
@@ -309,11 +312,11 @@ def _video_ids(paths_and_ids: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _read_folder(folder: Path) -> tuple[VideoRows, Place]:
-    paths = sorted(_video_files(folder))
+    paths = clip_files(folder)
     if not paths:
         raise ValueError(
-            f"{folder} is an empty manifest: it holds no video files; expected {folder}/<class>/clip.mp4 or "
-            f"{folder}/<split>/<class>/clip.mp4 (or the path of a CSV)."
+            f"{folder} is an empty manifest: it holds no video files or pictures; expected {folder}/<class>/clip.mp4 "
+            f"or {folder}/<split>/<class>/clip.mp4 (or the path of a CSV)."
         )
     depth = len(paths[0].parts)
     for path in paths:
@@ -334,15 +337,6 @@ def _read_folder(folder: Path) -> tuple[VideoRows, Place]:
         for path, video_id in zip(paths, video_ids, strict=True)
     )
     return rows, lambda row: str(folder / paths[row])
-
-
-def _video_files(folder: Path) -> Iterable[Path]:
-    """Paths of video files relative to `folder`; names that start with a dot (macOS leaves ._clip.mp4) are no clips."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if Path(name).suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
-                yield (Path(parent) / name).relative_to(folder)
 
 
 def _csv_lines(rows: VideoRows, *, folder: Path) -> list[str]:

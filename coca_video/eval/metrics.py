@@ -28,13 +28,32 @@ def classification_metrics(
     scores: Float64[np.ndarray, "videos classes"], *, labels: Int64[np.ndarray, "videos"], num_unreadable: int = 0
 ) -> ClassificationMetrics:
     """Metrics of one score per video and class; ties count against the right class: constant scores earn nothing."""
-    num_videos, num_classes = scores.shape
+    ranks = ranks_of_labels(scores, labels=labels)
+    return metrics_of_ranks(ranks, labels=labels, num_classes=scores.shape[1], num_unreadable=num_unreadable)
+
+
+def ranks_of_labels(
+    scores: Float64[np.ndarray, "videos classes"], *, labels: Int64[np.ndarray, "videos"]
+) -> Int64[np.ndarray, "videos"]:
+    """How many other classes score as much as the right one, or more; ValueError for scores that are not finite."""
     if not np.isfinite(scores).all():
         raise ValueError(
             "Some scores are not finite, so the model's weights or inputs are broken; nothing was counted."
         )
-    own = scores[np.arange(num_videos), labels]
-    ranks = (scores >= own[:, None]).sum(axis=1) - 1
+    own = scores[np.arange(len(scores)), labels]
+    ranks: Int64[np.ndarray, "videos"] = (scores >= own[:, None]).sum(axis=1) - 1
+    return ranks
+
+
+def metrics_of_ranks(
+    ranks: Int64[np.ndarray, "videos"],
+    *,
+    labels: Int64[np.ndarray, "videos"],
+    num_classes: int,
+    num_unreadable: int = 0,
+) -> ClassificationMetrics:
+    """Metrics of what `ranks_of_labels` gives."""
+    num_videos = len(ranks)
     hits = ranks < 1
     counts = np.bincount(labels, minlength=num_classes)
     correct = np.bincount(labels[hits], minlength=num_classes)

@@ -19,6 +19,7 @@ HEAVY = {
     "huggingface_hub",
     "tensorboard",
     "sklearn",
+    "scipy",
 }
 VERBS = (
     "doctor",

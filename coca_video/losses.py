@@ -117,12 +117,22 @@ def classification_loss(
     labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Softmax cross entropy, a mean over the global batch; `label_smoothing` is the share spread over all classes.
+    """Softmax cross entropy, a mean over the global batch; see `classification_loss_sum`."""
+    total = classification_loss_sum(logits, labels=labels, label_smoothing=label_smoothing)
+    return global_mean(total, count=labels.new_full((), len(labels), dtype=torch.int64))
+
+
+def classification_loss_sum(
+    logits: Float[Tensor, "batch classes"],
+    *,
+    labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Softmax cross entropy, summed over the rows; `label_smoothing` is the share spread over all classes.
 
     `labels` are class numbers, or soft: the share of each class, as mixup and CutMix give them, 1 in all in each row.
     Computed in fp32 (float64 for float64).
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
-    total = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")
-    return global_mean(total, count=labels.new_full((), len(labels), dtype=torch.int64))
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="sum")

@@ -9,8 +9,8 @@ import torch
 
 from coca_video.config import from_json, to_json
 from coca_video.models.coca import CoCa
-from coca_video.train.classify import ProbeConfig
 from coca_video.train.pretrain import PretrainConfig
+from coca_video.train.probe_config import ProbeConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.py"))

@@ -10,20 +10,23 @@ from coca_video.cli.arguments import load_config, parse_options
 from coca_video.cli.caption import CaptionOptions
 from coca_video.cli.doctor import DoctorOptions
 from coca_video.cli.evaluate import EvaluateOptions
+from coca_video.cli.linear import LinearOptions
 from coca_video.cli.predict import PredictOptions
 from coca_video.cli.prepare import PrepareOptions
 from coca_video.cli.quickstart import QuickstartOptions
 from coca_video.cli.tokenizer import TokenizerOptions
 from coca_video.cli.transcode import TranscodeOptions
-from coca_video.train.classify import ProbeConfig
 from coca_video.train.pretrain import PretrainConfig
+from coca_video.train.probe_config import ProbeConfig
+from coca_video.train.sweep_config import SweepConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig}
+CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig, "sweep": SweepConfig}
 OPTIONS = {
     "caption": CaptionOptions,
     "doctor": DoctorOptions,
     "evaluate": EvaluateOptions,
+    "linear": LinearOptions,
     "predict": PredictOptions,
     "prepare": PrepareOptions,
     "quickstart": QuickstartOptions,

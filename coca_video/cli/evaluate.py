@@ -50,7 +50,7 @@ class EvaluateOptions:
         | None
     ) = None
     """Clips and crops of each video as this peer tests, their scores averaged; when not given one clip, its centre:
-    of the whole video, or with the stride that the model was trained with."""
+    of the whole video, or of such a part of it as the model was trained with."""
     num_frames: int | None = None
     """Frames a clip; when not given the protocol's, or what the model was trained with for none and for uniform."""
     decoder: Literal["auto", "torchcodec", "decord", "pyav"] = "auto"
@@ -107,14 +107,15 @@ def evaluate_manifest(saved: "Saved", *, options: EvaluateOptions) -> Path:
     manifest.check_files()
     rule = _protocol(options, trained_frames=model.config.num_frames)
     result = _scores(model, manifest, rule=rule, options=options)
-    stride = model.config.stride if options.protocol is None else None
+    part = _trained_part(model) if options.protocol is None else {}
     facts = {
         "model": options.model,
         "data": str(options.data.resolve()),
         "split": options.split,
         "num_frames": rule.frames_per_clip,
-        "protocol": asdict(rule) if stride is None else None,
-        "stride": stride,
+        "protocol": None if part else asdict(rule),
+        "stride": part.get("stride"),
+        "clip_seconds": part.get("clip_seconds"),
         "frames": "videos" if options.frame_cache is None else "JPEG cache",
         "precision": options.precision,
     }
@@ -137,6 +138,15 @@ def _protocol(options: EvaluateOptions, *, trained_frames: int) -> "Protocol":
         return protocol(name, frames_per_clip=num_frames)
     except ValueError as error:
         raise ValueError(f"--num-frames {num_frames} does not go with the protocol {name}: {error}.") from error
+
+
+def _trained_part(model: "VideoClassifier") -> dict[str, Any]:
+    """How a model that saw a part of each video in training took it, as ClipConfig has it; empty for the whole."""
+    from coca_video.data.video import sampling_of
+
+    stride, clip_seconds = model.config.stride, model.config.clip_seconds
+    sampling = sampling_of(stride=stride, clip_seconds=clip_seconds)
+    return {} if sampling == "uniform" else {"sampling": sampling, "stride": stride, "clip_seconds": clip_seconds}
 
 
 def _scores(
@@ -164,8 +174,7 @@ def _scores(
         "bf16": options.precision == "bf16",
     }
     if options.protocol is None:
-        stride = model.config.stride
-        reading |= {"sampling": "uniform" if stride is None else "dense", "stride": stride}
+        reading |= _trained_part(model)
         clips = _clips(manifest, config=ClipConfig(num_frames=rule.frames_per_clip, **reading), options=options)
         with progress_bar("evaluating", total=len(share_of_rank(clips))) as bar:
             return evaluate_clips(model.to(device), dataset=clips, on_batch=bar.update, **settings)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from coca_video.cli.arguments import call, parse_options, say
 
 if TYPE_CHECKING:
-    from coca_video.train.classify import ProbeConfig
+    from coca_video.train.probe_config import ProbeConfig
 
 NUM_FRAMES = 8
 NAMES = {
@@ -123,16 +123,16 @@ def _pretrain(options: QuickstartOptions) -> None:
 
 def _probe_config(options: QuickstartOptions, *, name: str, manifest: Path, num_frames: int) -> "ProbeConfig":
     """The recipe of every probe here: nothing differs but the encoder, the frames and the labels."""
-    from coca_video.train.classify import ClipsConfig, PretrainedEncoder, ProbeConfig
     from coca_video.train.loop import LoopConfig
     from coca_video.train.optim import OptimConfig
+    from coca_video.train.probe_config import ClipsConfig, PretrainedEncoder, ProbeConfig
 
     return ProbeConfig(
         encoder=PretrainedEncoder(model=str(options.out / "pretrain")),
         clips=ClipsConfig(train=manifest),
         out=options.out / name,
         num_frames=num_frames,
-        cache_tokens=True,
+        token_cache=options.out / "tokens",
         augment=False,
         label_smoothing=0.1,
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=min(50, options.probe_steps)),
@@ -145,7 +145,8 @@ def _probe_actions(options: QuickstartOptions, manifest: Path) -> tuple[dict[str
     """Accuracy by probe, and by class and probe."""
     from coca_video.data.manifest import read_manifest
     from coca_video.models.coca import CoCaConfig
-    from coca_video.train.classify import RandomEncoder, run_probe
+    from coca_video.train.classify import run_probe
+    from coca_video.train.probe_config import RandomEncoder
 
     probe = _probe_config(options, name="probe", manifest=manifest, num_frames=NUM_FRAMES)
     fresh = RandomEncoder(image=CoCaConfig.tiny().image)

@@ -69,6 +69,13 @@ class ClipConfig:
         check_clip_seconds(self.clip_seconds, sampling=self.sampling)
 
 
+def sampling_of(*, stride: int | None, clip_seconds: float | None) -> Sampling:
+    """The sampling that a stride or a length belongs to, of which there is one at most."""
+    if stride is not None:
+        return "dense"
+    return "uniform" if clip_seconds is None else "pytorchvideo"
+
+
 def check_stride(stride: int | None, *, sampling: Sampling) -> None:
     """ValueError for a stride without dense sampling, for dense sampling without one, and for one below 1."""
     if sampling != "dense" and stride is not None:

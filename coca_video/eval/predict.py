@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from coca_video.data.decode import Backend
-from coca_video.data.video import ClipConfig, collate_clips, load_clip
+from coca_video.data.video import ClipConfig, collate_clips, load_clip, sampling_of
 from coca_video.eval.features import encode_batch
 from coca_video.hub import load
 from coca_video.models.video import VideoClassifier
@@ -33,17 +33,24 @@ class Predictor:
 def load_predictor(
     source: str, *, num_frames: int | None, decoder: Backend, timeout_seconds: float, device: torch.device
 ) -> Predictor:
-    """The classifier of a run, a model folder or hf:ORG/NAME; `num_frames` as in training when None."""
+    """The classifier of a run, a model folder or hf:ORG/NAME; `num_frames` as in training when None, sampled as there.
+
+    (A training with pytorchvideo's sampling is not in the model: frames are then spread over the whole video.)
+    """
     saved = load(source)
     if not isinstance(saved.model, VideoClassifier):
         raise ValueError(
             f"{source} holds a {type(saved.model).__name__}, which names no actions; expected a probe's run."
         )
+    trained = saved.model.config
     clip = ClipConfig(
-        num_frames=saved.model.config.num_frames if num_frames is None else num_frames,
-        image_size=saved.model.config.image.image_size,
-        interpolation=saved.model.config.image.interpolation,
+        num_frames=trained.num_frames if num_frames is None else num_frames,
+        image_size=trained.image.image_size,
+        interpolation=trained.image.interpolation,
         decoder=decoder,
         timeout_seconds=timeout_seconds,
+        sampling=sampling_of(stride=trained.stride, clip_seconds=trained.clip_seconds),
+        stride=trained.stride,
+        clip_seconds=trained.clip_seconds,
     )
     return Predictor(model=saved.model.to(device), classes=saved.classes, clip=clip, device=device)

@@ -13,14 +13,16 @@ from coca_video.models.image import ImageConfig, ImageEncoder
 class VideoClassifierConfig:
     """An encoder and a head of `num_classes`.
 
-    `num_frames` and `stride` are what it was trained with, the defaults at evaluation; a stride of None spreads the
-    frames over the whole video, another takes every stride-th frame of a part of it.
+    `num_frames`, `stride` and `clip_seconds` are what it was trained with, the defaults at evaluation. Without the last
+    two the frames are spread over the whole video; a stride takes every stride-th frame of a part of it, clip_seconds
+    spreads them over a part of that length.
     """
 
     image: ImageConfig
     num_classes: int
     num_frames: int
     stride: int | None = None
+    clip_seconds: float | None = None
     head: HeadConfig = field(default_factory=HeadConfig)
 
 

@@ -1,8 +1,12 @@
 """The log of a run: one JSON line a record, the same for TensorBoard, and the curves drawn from it."""
 
+import itertools
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from coca_video.distributed import is_main
 
@@ -79,33 +83,78 @@ def _event_writer(folder: Path, *, purge_step: int | None) -> "SummaryWriter":
     return SummaryWriter(str(folder), purge_step=purge_step)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Line:
+    """A value over steps; `number` says of which probe it is, where there are many."""
+
+    points: list[tuple[float, float]]
+    colour: Any
+    marker: str
+    number: str | None = None
+
+
 def draw_curves(records: list[Record], *, path: Path) -> None:
-    """One small plot for each logged value over steps, all in one PNG; training and evaluation in different colours."""
+    """One small plot for each logged value over steps, all in one PNG; training and evaluation in different colours.
+
+    The values of many probes ("loss/00", "loss/01" and so on) share a plot for training and one for evaluation, in
+    colours that go from dark to light by number.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    names = [name for name in dict.fromkeys(name for record in records for name in record) if name not in KEYS]
-    if not names:
+    panels = _panels(records)
+    if not panels:
         return
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis, name in zip(axes, names, strict=False):
-        for kind, colour, marker in KINDS:
-            points = [(record["step"], record[name]) for record in records if record["kind"] == kind and name in record]
-            if points:
-                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2)
-        axis.set_title(name, fontsize=10)
+    for axis, (title, lines) in zip(axes, panels.items(), strict=False):
+        for line in lines:
+            size = 6 if line.number is None else 3
+            axis.plot(
+                *zip(*line.points, strict=True), color=line.colour, marker=line.marker, markersize=size, linewidth=1.2
+            )
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    for axis in axes[len(names) :]:
+    for axis in axes[len(panels) :]:
         axis.set_axis_off()
     handles = [Line2D([], [], color=colour, marker=marker, label=kind) for kind, colour, marker in KINDS]
-    figure.legend(handles=handles, loc="outside lower right", ncols=len(KINDS), fontsize=8)
+    numbered = {line.number: line.colour for lines in panels.values() for line in lines if line.number is not None}
+    handles += [Line2D([], [], color=colour, label=number) for number, colour in numbered.items()]
+    figure.legend(handles=handles, loc="outside lower right", ncols=min(len(handles), 4 * columns), fontsize=8)
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=110)
     partial.replace(path)
+
+
+def _panels(records: list[Record]) -> dict[str, list[_Line]]:
+    """The lines of each small plot by its title, in the order in which values were first logged."""
+    from matplotlib import colormaps
+
+    names = [name for name in dict.fromkeys(name for record in records for name in record) if name not in KEYS]
+    numbers = sorted({number for name in names if (number := _split(name)[1]) is not None}, key=int)
+    shades = colormaps["viridis"](np.linspace(0, 0.95, len(numbers)))
+    panels: dict[str, list[_Line]] = {}
+    for name, (kind, colour, marker) in itertools.product(names, KINDS):
+        points = [
+            (float(record["step"]), float(record[name]))
+            for record in records
+            if record["kind"] == kind and name in record
+        ]
+        if points:
+            base, number = _split(name)
+            title = base if number is None else f"{base} ({kind})"
+            shade = colour if number is None else shades[numbers.index(number)]
+            panels.setdefault(title, []).append(_Line(points=points, colour=shade, marker=marker, number=number))
+    return panels
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """("loss", "03") of "loss/03", and ("loss", None) of "loss"."""
+    base, _, number = name.rpartition("/")
+    return (base, number) if base and number.isdigit() else (name, None)

@@ -23,6 +23,7 @@ from coca_video.distributed import (
     rank,
     world_size,
 )
+from coca_video.train.best import BestWeights
 from coca_video.train.ema import WeightAverage
 from coca_video.train.optim import OptimConfig, learning_rate, set_learning_rate
 from coca_video.train.precision import Precision
@@ -81,7 +82,9 @@ class Stopped(KeyboardInterrupt):
 class Training:
     """What one run trains and on what. `step` does one update on a collated batch and returns what is to be logged.
 
-    `device` is where batches are brought before the step, one ahead of it; None leaves them where they are.
+    `order` says which samples come at which step; None shuffles them by the seed, each once an epoch. `best` keeps the
+    weights of the best evaluation. `device` is where batches are brought before the step, one ahead of it; None leaves
+    them where they are.
     """
 
     model: nn.Module
@@ -89,7 +92,9 @@ class Training:
     step: Callable[[Any], dict[str, Sum]]
     dataset: Any
     collate: Callable[[Any], Any]
+    order: Order | None = None
     evaluate: Callable[[], dict[str, float]] | None = None
+    best: BestWeights | None = None
     num_workers: int = 0
     device: torch.device | None = None
 
@@ -111,7 +116,7 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
     all of them. Rank 0 alone writes.
 
     With `optim.ema_decay` the averaged weights are evaluated, and are what `training.model` holds at the end; the
-    latest ones stay in the checkpoints.
+    latest ones stay in the checkpoints. With `training.best` it holds the weights of the best evaluation.
 
     Everything random comes from (seed, step) or (seed, epoch, sample), so that a resumed run is bit-equal to one that
     never stopped (on a GPU: with deterministic algorithms on).
@@ -119,7 +124,9 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
     window = Window()
     average = _weight_average(training.model, decay=optim.ema_decay)
     first = _restore(training, average=average, window=window, run=run)
-    order = Order(num_samples=len(training.dataset), batch_size=config.batch_size, seed=config.seed)
+    order = training.order
+    if order is None:
+        order = Order(num_samples=len(training.dataset), batch_size=config.batch_size, seed=config.seed)
     share = Share(rank(), world_size())
     own_samples = len(share.of(order.batch(0)))
     stream = _stream(training, order=order, share=share, first=first, last=config.steps)
@@ -145,7 +152,9 @@ def run_loop(training: Training, *, config: LoopConfig, optim: OptimConfig, run:
             _after_step(
                 training, done=step + 1, average=average, window=window, config=config, run=run, bar=bar, stop=stop
             )
-    if average is not None:
+    if training.best is not None:
+        training.best.load_into(training.model)
+    elif average is not None:
         average.keep()
 
 
@@ -185,7 +194,7 @@ def _weight_average(model: nn.Module, *, decay: float | None) -> WeightAverage |
 
 def _restore(training: Training, *, average: WeightAverage | None, window: Window, run: Run) -> int:
     """Brings everything to the newest checkpoint; the number of updates done."""
-    extra = {"window": window.dump()}
+    extra = _extra(training, window=window)
     first = run.checkpoints.restore(
         model=training.model,
         optimizer=training.optimizer,
@@ -194,7 +203,14 @@ def _restore(training: Training, *, average: WeightAverage | None, window: Windo
     )
     run.log.truncate_after(first)
     window.load(extra["window"])
+    if training.best is not None:
+        training.best.load(extra["best"])
     return first
+
+
+def _extra(training: Training, *, window: Window) -> dict[str, str]:
+    """What a checkpoint holds beside weights and moments."""
+    return {"window": window.dump()} | ({} if training.best is None else {"best": training.best.dump()})
 
 
 def _one_step(
@@ -207,7 +223,7 @@ def _one_step(
     config: LoopConfig,
 ) -> None:
     set_learning_rate(training.optimizer, rate=window.rate)
-    torch.manual_seed(config.seed * 1_000_003 + step)
+    torch.manual_seed(config.seed * 1_000_003 + step + (rank() << 40))  # ranks drop different paths
     window.add(training.step(batch), samples=num_samples)
 
 
@@ -244,7 +260,10 @@ def _evaluate(training: Training, *, done: int, average: WeightAverage | None, r
     assert training.evaluate is not None
     with nullcontext() if average is None else average.applied():
         training.model.eval()
-        run.log.write("evaluation", step=done, values=training.evaluate())
+        values = training.evaluate()
+        run.log.write("evaluation", step=done, values=values)
+        if training.best is not None:
+            training.best.offer(training.model, values=values, step=done)
         training.model.train()
         forget_gathered_weights(training.model)
 
@@ -254,9 +273,11 @@ def _save(training: Training, *, done: int, average: WeightAverage | None, windo
         done,
         model=training.model,
         optimizer=training.optimizer,
-        extra={"window": window.dump()},
+        extra=_extra(training, window=window),
         averages=None if average is None else average.averages,
     )
+    if training.best is not None:
+        training.best.after_checkpoint()
     run.draw_curves()
 
 

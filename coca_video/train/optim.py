@@ -1,6 +1,8 @@
 """The optimizer: AdamW or Adafactor, with rates by part; the rate is a pure function of the step."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +10,7 @@ import torch
 from timm.optim.adafactor_bv import AdafactorBigVision
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from coca_video.distributed import stays_whole
 
@@ -83,9 +86,17 @@ def freeze(model: nn.Module, *, config: OptimConfig) -> None:
 def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Optimizer:
     """An optimizer of the trainable parameters: decay for matrices and larger, none for biases, norms and scales.
 
+    See `parameter_groups`. ValueError where nothing is left to train.
+    """
+    return optimizer_of(parameter_groups(model, config=config), config=config)
+
+
+def parameter_groups(model: nn.Module, *, config: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters as an optimizer takes them.
+
     A group has the parameters of one rate factor ("rate_factor" in the group) that decay, or that do not. Parameters
     with a factor of 0 are frozen: their requires_grad is turned off. ValueError for a name in `rate_factors` that
-    decides on no trainable parameter, and where nothing is left to train.
+    decides on no trainable parameter.
     """
     groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for parameter, factor in _factors_by_parameter(model, rate_factors=config.rate_factors):
@@ -95,9 +106,7 @@ def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Opt
             # A fused kernel takes sharded weights or whole ones, not both; groups are the same for any number of ranks.
             kind = (factor, parameter.ndim >= 2, stays_whole(parameter))
             groups.setdefault(kind, []).append(parameter)
-    if not groups:
-        raise ValueError("Expected something to train; every parameter is frozen, so free some (--optim.rate-factors).")
-    options = [
+    return [
         {
             "params": parameters,
             "weight_decay": config.weight_decay if decays else 0.0,
@@ -106,12 +115,18 @@ def build_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.Opt
         }
         for (factor, decays, _), parameters in groups.items()
     ]
+
+
+def optimizer_of(groups: list[dict[str, Any]], *, config: OptimConfig) -> torch.optim.Optimizer:
+    """The config's algorithm on groups from `parameter_groups`; ValueError where there are none."""
+    if not groups:
+        raise ValueError("Expected something to train; every parameter is frozen, so free some (--optim.rate-factors).")
     match config.algorithm:
         case "adamw":
             # torch >= 2.11 has the fused kernel on every device that a run may ask for: cpu, cuda, mps.
-            return torch.optim.AdamW(options, betas=(config.beta1, config.beta2), fused=True)
+            return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
         case "adafactor":
-            return _adafactor(options, config=config)
+            return _adafactor(groups, config=config)
 
 
 def _adafactor(groups: list[dict[str, Any]], *, config: OptimConfig) -> torch.optim.Optimizer:
@@ -156,12 +171,32 @@ def update(optimizer: torch.optim.Optimizer, *, loss: Tensor, gradient_clip: flo
     """One update down `loss`; returns the norm of all gradients before clipping."""
     optimizer.zero_grad(set_to_none=True)
     torch.autograd.backward(loss)
-    norm = _clip([parameter for group in optimizer.param_groups for parameter in group["params"]], bound=gradient_clip)
+    return take_step(optimizer, gradient_clip=gradient_clip)
+
+
+@contextmanager
+def adding_up(parallel: nn.Module, *, is_last: bool) -> Iterator[None]:
+    """Around the forward and backward of a part of a batch: DDP averages over ranks with the last part alone.
+
+    fsdp2 averages each, which comes to the same.
+    """
+    with parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not is_last else nullcontext():
+        yield
+
+
+def take_step(optimizer: torch.optim.Optimizer, *, gradient_clip: float) -> Tensor:
+    """One update along the gradients that are there; returns the norm of all of them before clipping."""
+    norm = clip_gradients(parameters_of(optimizer.param_groups), bound=gradient_clip)
     optimizer.step()
     return norm
 
 
-def _clip(parameters: list[Tensor], *, bound: float) -> Tensor:
+def parameters_of(groups: list[dict[str, Any]]) -> list[Tensor]:
+    """All parameters of an optimizer's groups."""
+    return [parameter for group in groups for parameter in group["params"]]
+
+
+def clip_gradients(parameters: list[Tensor], *, bound: float) -> Tensor:
     """Scales gradients down to a norm of `bound` in all; returns their norm before. Sharded ones count whole."""
     with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
     sharded = [parameter for parameter in with_gradient if isinstance(parameter, DTensor)]

@@ -14,9 +14,10 @@ import pytest
 from coca_video.cli.__main__ import main
 from coca_video.data.manifest import Manifest, read_manifest, write_manifest
 from coca_video.models.image import VitConfig
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
+from coca_video.train.classify import run_probe
 from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
 
 
 def truncate(path: Path) -> None:
@@ -76,7 +77,7 @@ def test_training_ends_and_names_every_failure_once(
         clips=ClipsConfig(train=path),
         out=tmp_path / "probe",
         num_frames=2,
-        cache_tokens=cached,
+        token_cache=tmp_path / "tokens" if cached else None,
         augment=not cached,
         optim=OptimConfig(warmup_steps=2),
         loop=LoopConfig(steps=12, batch_size=5, log_every=1),  # three passes over the 20 clips

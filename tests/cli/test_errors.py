@@ -18,11 +18,12 @@ from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 PROBE = """
 from pathlib import Path
 from coca_video.models.image import VitConfig
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
 from coca_video.train.loop import LoopConfig
 config = ProbeConfig(
     encoder=RandomEncoder(image=VitConfig.tiny()), clips=ClipsConfig(train=Path({train!r})), out=Path({out!r}),
-    num_frames=2, cache_tokens=True, augment=False, loop=LoopConfig(steps=2, batch_size=4), device="cpu",
+    num_frames=2, token_cache=Path({out!r}) / "tokens", augment=False,
+    loop=LoopConfig(steps=2, batch_size=4), device="cpu",
 )
 """
 

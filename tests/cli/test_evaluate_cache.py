@@ -12,9 +12,10 @@ from coca_video.data.frame_cache_build import build_frame_cache
 from coca_video.data.frame_cache_format import FrameCacheConfig
 from coca_video.data.manifest import read_manifest
 from coca_video.models.image import VitConfig
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
+from coca_video.train.classify import run_probe
 from coca_video.train.loop import LoopConfig, progress_bar
 from coca_video.train.optim import OptimConfig
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
 from coca_video.train.probe_data import cache_folder
 
 pytestmark = pytest.mark.slow  # each cache is built by a process that imports torch
@@ -27,7 +28,7 @@ def probe(drawn_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         clips=ClipsConfig(train=drawn_clips),
         out=tmp_path_factory.mktemp("probe") / "run",
         num_frames=3,
-        cache_tokens=True,
+        token_cache=tmp_path_factory.mktemp("tokens"),
         augment=False,
         optim=OptimConfig(warmup_steps=2),
         loop=LoopConfig(steps=4, batch_size=8),

@@ -7,9 +7,10 @@ import pytest
 from coca_video.cli.__main__ import main
 from coca_video.hub import load
 from coca_video.models.image import VitConfig
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
+from coca_video.train.classify import run_probe
 from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
 
 
 @pytest.mark.slow
@@ -29,7 +30,7 @@ def test_the_manifest_of_kinetics_trains_and_evaluates(
         clips=ClipsConfig(train=manifest, train_split="val", test_split="val"),
         out=tmp_path / "probe",
         num_frames=4,
-        cache_tokens=True,
+        token_cache=tmp_path / "tokens",
         augment=False,
         optim=OptimConfig(learning_rate=0.01, warmup_steps=1),
         loop=LoopConfig(steps=10, batch_size=2, log_every=1),

@@ -15,12 +15,16 @@ from coca_video.data.loader import Order, SampleKey
 from coca_video.data.manifest import Manifest, read_manifest, write_manifest
 from coca_video.data.sampling import sample_rng
 from coca_video.data.video import ClipConfig, VideoDataset, collate_clips
+from coca_video.eval.classification import evaluate_clips
+from coca_video.hub import load
 from coca_video.models.image import VitConfig
 from coca_video.train import classify, loop
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, build_classifier, probe_step, run_probe
+from coca_video.train.classify import probe_step, run_probe
 from coca_video.train.loop import LoopConfig, Training, run_loop
 from coca_video.train.optim import OptimConfig, build_optimizer
-from coca_video.train.probe_data import augment_batch
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
+from coca_video.train.probe_data import ProbeBatch, augment_batch
+from coca_video.train.probe_model import build_classifier
 from coca_video.train.run import Run
 from coca_video.train.window import Sum
 
@@ -74,14 +78,19 @@ def flip_draw(key: SampleKey) -> float:
 
 def record_frames(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What a probe gives its encoder, batch by batch."""
-    real: Callable[..., Any] = classify.encode_frames
+    real: Callable[..., Any] = classify.frozen_encode
     seen: list[torch.Tensor] = []
 
-    def recording(model: Any, frames: torch.Tensor, **options: Any) -> Any:
-        seen.append(frames)
-        return real(model, frames, **options)
+    def recording(*args: Any, **options: Any) -> Any:
+        encode = real(*args, **options)
 
-    monkeypatch.setattr(classify, "encode_frames", recording)
+        def record(frames: torch.Tensor) -> Any:
+            seen.append(frames)
+            return encode(frames)
+
+        return record
+
+    monkeypatch.setattr(classify, "frozen_encode", recording)
     return seen
 
 
@@ -125,7 +134,7 @@ def test_mixup_mixes_pixels_and_labels_alike(config: ProbeConfig, monkeypatch: p
     real = classify.probe_step
 
     def recording(*args: Any, **options: Any) -> Any:
-        labels.append(options["labels"])
+        labels.append(args[1].labels)
         return real(*args, **options)
 
     monkeypatch.setattr(classify, "probe_step", recording)
@@ -164,11 +173,12 @@ def test_top1_counts_against_the_heavier_label(config: ProbeConfig) -> None:
     with torch.no_grad():
         model.head.classifier.weight.zero_()
         model.head.classifier.bias.copy_(torch.tensor([0.0, 3.0, 0.0, 0.0, 0.0]))  # says class 1 of every clip
-    tokens = torch.randn(3, 12, 96, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randn(3, 1, 12, 96, generator=torch.Generator().manual_seed(0))
     shares = torch.tensor([[0.4, 0.6, 0.0, 0.0, 0.0], [0.6, 0.4, 0.0, 0.0, 0.0], [0.0, 0.7, 0.3, 0.0, 0.0]])
     optimizer = build_optimizer(model, config=config.optim)
     plain = replace(config, label_smoothing=0.0)
-    sums = probe_step(model, tokens, optimizer, labels=shares, config=plain)
+    batch = ProbeBatch(inputs=tokens, labels=shares)
+    sums = probe_step(model.head, batch, optimizer, scores=lambda part: model.head(part.inputs), config=plain)
     assert (float(sums["top1"].total), sums["top1"].count) == (2.0, 3)
     normalizer = np.log(4 + np.exp(3.0))
     loss = torch.as_tensor(sums["loss"].total).detach()
@@ -258,10 +268,10 @@ def test_dense_sampling_takes_every_stride_th_frame(config: ProbeConfig, tmp_pat
     assert len({tuple(losses(tried)) for tried in (dense, other, uniform)}) == 3
     document = json.loads((dense.out / "test.json").read_text())
     assert (document["sampling"], document["stride"], document["frames"]) == ("dense", 2, "videos")
-    model = classify.load(dense.out).model
+    model = load(dense.out).model
     clip = ClipConfig(num_frames=3, image_size=48, sampling="dense", stride=2)
     test = VideoDataset(manifest.select(split="test"), config=clip, seed=0)
-    result = classify.evaluate_clips(model, dataset=test, classes=manifest.classes, device=torch.device("cpu"))
+    result = evaluate_clips(model, dataset=test, classes=manifest.classes, device=torch.device("cpu"))
     assert (document["top1"], document["num_videos"]) == (result.metrics.top1, 10)
     saved = (dense.out / "test_videos.csv").read_text().splitlines()[1:]
     scores = [[float(cell) for cell in line.split(",")[3:]] for line in saved]

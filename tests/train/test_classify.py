@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from coca_video.eval.classification import evaluate_clips
 from coca_video.hub import fingerprint, load
 from coca_video.models.image import TimmConfig, VitConfig
 from coca_video.models.video import VideoClassifier
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, build_classifier, run_probe
+from coca_video.train.classify import run_probe
 from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
+from coca_video.train.probe_model import build_classifier
 
 CPU = torch.device("cpu")
 
@@ -30,12 +33,16 @@ def config(drawn_clips: Path, tmp_path: Path) -> ProbeConfig:
         clips=ClipsConfig(train=drawn_clips),
         out=tmp_path / "probe",
         num_frames=3,
-        cache_tokens=True,
+        token_cache=tmp_path / "tokens",
         augment=False,
         optim=OptimConfig(warmup_steps=2),
         loop=LoopConfig(steps=4, batch_size=8, log_every=1),
         device="cpu",
     )
+
+
+def without_cache(config: ProbeConfig, **changed: Any) -> ProbeConfig:
+    return replace(config, token_cache=None, **changed)
 
 
 def losses(out: Path) -> list[float]:
@@ -45,7 +52,7 @@ def losses(out: Path) -> list[float]:
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_the_encoder_stays_bit_identical(config: ProbeConfig, cached: bool) -> None:
-    config = replace(config, cache_tokens=cached, augment=not cached)
+    config = config if cached else without_cache(config, augment=True)
     before = build_classifier(config, num_classes=5)
     run_probe(config)
     after = load(config.out).model
@@ -56,7 +63,7 @@ def test_the_encoder_stays_bit_identical(config: ProbeConfig, cached: bool) -> N
 def test_cached_tokens_and_clips_give_the_same_probe(config: ProbeConfig, tmp_path: Path) -> None:
     """Without augmentation they are the same numbers, but for the batch in which a clip was encoded."""
     run_probe(config)
-    clips = replace(config, cache_tokens=False, out=tmp_path / "clips")
+    clips = without_cache(config, out=tmp_path / "clips")
     run_probe(clips)
     assert losses(clips.out) == pytest.approx(losses(config.out), rel=1e-4)
 
@@ -114,13 +121,13 @@ def test_one_frame_is_the_middle_one(config: ProbeConfig) -> None:
         {"loop": LoopConfig(steps=4, batch_size=4, log_every=1)},
         {"loop": LoopConfig(steps=4, batch_size=8, log_every=1, precision="bf16")},
         {"optim": OptimConfig(warmup_steps=3)},
-        {"cache_tokens": False, "augment": True},
-        {"cache_tokens": False, "augment": True, "min_crop_area": 0.9},
+        {"token_cache": None, "augment": True},
+        {"token_cache": None, "augment": True, "min_crop_area": 0.9},
     ],
     ids=lambda changed: ",".join(changed),
 )
 def test_every_option_changes_the_losses(config: ProbeConfig, tmp_path: Path, changed: dict[str, object]) -> None:
-    augmented = {"cache_tokens": False, "augment": True}
+    augmented = {"token_cache": None, "augment": True}
     plain = replace(config, **(augmented if len(changed) == 3 else {}))
     run_probe(plain)
     other = replace(plain, **changed, out=tmp_path / "other")
@@ -149,7 +156,7 @@ def test_unreadable_clips_are_counted_listed_and_never_replaced(drawn_clips: Pat
     config = replace(config, clips=replace(config.clips, train=folder / "manifest.csv"))
     for cached in (True, False):
         out = config.out / str(cached)
-        result = run_probe(replace(config, cache_tokens=cached, out=out))
+        result = run_probe(replace(config if cached else without_cache(config), out=out))
         assert result.num_unreadable == 2
         with (out / "unreadable.csv").open() as file:
             listed = dict(list(csv.reader(file))[1:])
@@ -167,7 +174,9 @@ def test_nothing_readable_is_a_sentence(drawn_clips: Path, config: ProbeConfig) 
     for path in folder.rglob("*.mp4"):
         path.write_bytes(b"")
     for cached in (True, False):
-        broken = replace(config, clips=replace(config.clips, train=folder / "manifest.csv"), cache_tokens=cached)
+        broken = replace(
+            config if cached else without_cache(config), clips=replace(config.clips, train=folder / "manifest.csv")
+        )
         with pytest.raises(ValueError, match=r"None of the 20 .* could be read; the first.*the file is empty"):
             run_probe(replace(broken, out=config.out / str(cached)))
 

@@ -16,9 +16,10 @@ from coca_video.data.frame_cache_format import FrameCacheConfig
 from coca_video.data.manifest import read_manifest
 from coca_video.models.image import VitConfig
 from coca_video.train import probe_data
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
+from coca_video.train.classify import run_probe
 from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
 
 KEPT = FrameCacheConfig(num_frames=16, short_side=48, quality=95)  # all that the drawn clips have
 
@@ -86,10 +87,12 @@ def test_there_is_one_cache_a_manifest_and_the_result_says_so(built: ProbeConfig
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache_tokens", [False, True])
-def test_losses_are_those_of_the_videos_but_for_jpeg(built: ProbeConfig, tmp_path: Path, cache_tokens: bool) -> None:
+@pytest.mark.parametrize("tokens", [False, True])
+def test_losses_are_those_of_the_videos_but_for_jpeg(built: ProbeConfig, tmp_path: Path, tokens: bool) -> None:
     """All frames are kept at their size, so frames, crops and flips are the same."""
-    cached = replace(built, augment=not cache_tokens, cache_tokens=cache_tokens, out=tmp_path / "cached")
+    cached = replace(
+        built, augment=not tokens, token_cache=tmp_path / "tokens" if tokens else None, out=tmp_path / "cached"
+    )
     run_probe(cached)
     run_probe(replace(cached, frame_cache=None, cache=FrameCacheConfig(), out=tmp_path / "videos"))
     found, expected = losses(tmp_path / "cached"), losses(tmp_path / "videos")
@@ -101,12 +104,14 @@ def test_losses_are_those_of_the_videos_but_for_jpeg(built: ProbeConfig, tmp_pat
 
 @pytest.mark.drill
 @pytest.mark.usefixtures("without_videos")
-@pytest.mark.parametrize("cache_tokens", [False, True])
-def test_videos_are_not_read_again(built: ProbeConfig, tmp_path: Path, cache_tokens: bool) -> None:
-    again = replace(built, augment=not cache_tokens, cache_tokens=cache_tokens, out=tmp_path / "again")
+@pytest.mark.parametrize("tokens", [False, True])
+def test_videos_are_not_read_again(built: ProbeConfig, tmp_path: Path, tokens: bool) -> None:
+    again = replace(
+        built, augment=not tokens, token_cache=tmp_path / "tokens" if tokens else None, out=tmp_path / "again"
+    )
     result = run_probe(again)
     assert result.num_unreadable == 2
-    if not cache_tokens:
+    if not tokens:
         assert losses(again.out) == losses(built.out)
     manifest = read_manifest(built.clips.train)
     broken = [manifest.select(split=split).rows[0] for split in ("train", "test")]

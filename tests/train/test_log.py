@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from coca_video.train.log import RunLog, draw_curves
+from coca_video.train.log import Record, RunLog, draw_curves
 
 
 def test_records_survive_a_cut_line_and_are_forgotten_past_a_step(tmp_path: Path) -> None:
@@ -119,3 +120,23 @@ def test_curves_draw_each_value_in_the_colour_of_its_kind(tmp_path: Path) -> Non
     assert counts[1][0] == counts[1][1] == 0 and counts[1][2] > 10
     draw_curves([], path=tmp_path / "none.png")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_curves_of_many_probes_share_a_plot(tmp_path: Path) -> None:
+    """Six values a line make three plots; each has the two ends of the colour map, and none the other kind's."""
+    records: list[Record] = []
+    for step in (2, 4, 6):
+        losses: Record = {f"loss/{number:02d}": 1 / (number + step) for number in range(6)}
+        for kind in ("train", "evaluation"):
+            own: Record = {"kind": kind, "step": step}
+            records.append(own | losses)
+        records[-1]["best_top1"] = 0.5
+    draw_curves(records, path=tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.size == (round(4.2 * 3 * 110), round(2.8 * 110))
+        columns = np.array_split(np.asarray(picture.convert("RGB")), 3, axis=1)  # losses, losses held out, best_top1
+    columns = [part[:-60] for part in columns]  # above the legend
+    first, last = ([round(255 * share) for share in colormaps["viridis"](place)[:3]] for place in (0.0, 0.95))
+    counts = [[int((part == colour).all(axis=2).sum()) for part in columns] for colour in (first, last, [255, 127, 14])]
+    assert min(counts[0][:2] + counts[1][:2]) > 30 and counts[0][2] == counts[1][2] == 0
+    assert counts[2][:2] == [0, 0] and counts[2][2] > 10

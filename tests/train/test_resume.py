@@ -23,10 +23,11 @@ from coca_video.models.coca import CoCaConfig
 from coca_video.models.image import VitConfig
 from coca_video.train import classify, pretrain
 from coca_video.train.checkpoint import Checkpoints
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
+from coca_video.train.classify import run_probe
 from coca_video.train.loop import LoopConfig, Stopped
 from coca_video.train.optim import OptimConfig
 from coca_video.train.pretrain import PairsConfig, PretrainConfig, run_pretraining
+from coca_video.train.probe_config import ClipsConfig, Finetune, PretrainedEncoder, ProbeConfig, RandomEncoder
 
 STEPS = 8
 # Log lines every 3 steps and checkpoints every 2: a resumed run starts in the middle of a line's window.
@@ -44,7 +45,12 @@ AVERAGED = OptimConfig(
 
 Config = PretrainConfig | ProbeConfig
 
-MORE_KINDS = ("averaged pretrain", "probe", "cached probe")  # in the drills: each runs for half a minute
+MORE_KINDS = (
+    "averaged pretrain",
+    "probe",
+    "cached probe",
+    "fine-tuned probe",
+)  # in the drills: each runs for half a minute
 
 
 def pretrain_config(pictures: Path, *, out: Path) -> PretrainConfig:
@@ -58,7 +64,7 @@ def probe_config(manifest: Path, *, out: Path, cached: bool = False) -> ProbeCon
         clips=ClipsConfig(train=manifest),
         out=out,
         num_frames=3,
-        cache_tokens=cached,
+        token_cache=out / "tokens" if cached else None,
         augment=not cached,
         optim=OPTIM,
         loop=LOOP,
@@ -70,7 +76,20 @@ def make_config(kind: str, *, pictures: Path, clips: Path, out: Path) -> Config:
     if kind.endswith("pretrain"):
         config = pretrain_config(pictures, out=out)
         return replace(config, optim=AVERAGED) if kind == "averaged pretrain" else config
-    return probe_config(clips, out=out, cached=kind == "cached probe")
+    probe = probe_config(clips, out=out, cached=kind == "cached probe")
+    return fine_tuned(probe) if kind == "fine-tuned probe" else probe
+
+
+def fine_tuned(config: ProbeConfig) -> ProbeConfig:
+    """With the encoder, its drop path, averaged weights, and the best of those on held-out clips."""
+    return replace(
+        config,
+        clips=replace(config.clips, holdout_share=0.25),
+        tuning=Finetune(drop_path=0.3, layer_decay=0.8),
+        optim=replace(OPTIM, ema_decay=0.4),
+        micro_batch_size=3,
+        keep_best=True,
+    )
 
 
 def run(config: Config) -> None:
@@ -228,7 +247,7 @@ def wait_for(condition: Callable[[], bool], *, process: "subprocess.Popen[bytes]
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("kind", ["pretrain", "probe"])
+@pytest.mark.parametrize("kind", ["pretrain", "probe", "fine-tuned probe"])
 def test_sigkill(kind: str, pictures: Path, drawn_clips: Path, tmp_path: Path) -> None:
     """Real processes and kill -9: as soon as the first checkpoint is being written, and once more a little later."""
     run(make_config(kind, pictures=pictures, clips=drawn_clips, out=tmp_path / "whole"))
@@ -305,7 +324,7 @@ def test_a_changed_encoder_is_refused(pictures: Path, drawn_clips: Path, tmp_pat
         pretraining = pretrain_config(pictures, out=tmp_path / f"encoder-{seed}")
         run(replace(pretraining, loop=replace(LOOP, seed=seed, steps=1)))
     (tmp_path / "encoder").symlink_to(tmp_path / "encoder-0")
-    encoder = classify.PretrainedEncoder(model=str(tmp_path / "encoder"))
+    encoder = PretrainedEncoder(model=str(tmp_path / "encoder"))
     config = replace(probe_config(drawn_clips, out=tmp_path / "probe"), encoder=encoder)
     run(config)
     (tmp_path / "encoder").unlink()

@@ -17,11 +17,12 @@ from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.models.coca import CoCaConfig
 from coca_video.models.image import VitConfig
 from coca_video.train import window
-from coca_video.train.classify import ClipsConfig, ProbeConfig, RandomEncoder, run_probe
+from coca_video.train.classify import run_probe
 from coca_video.train.log import RunLog
 from coca_video.train.loop import LoopConfig, Training, run_loop
 from coca_video.train.optim import OptimConfig, build_optimizer
 from coca_video.train.pretrain import PairsConfig, PretrainConfig, run_pretraining
+from coca_video.train.probe_config import ClipsConfig, ProbeConfig, RandomEncoder
 from coca_video.train.run import Run, read_unreadable
 from coca_video.train.window import Sum, peak_memory
 

@@ -11,10 +11,11 @@ from coca_video.config import from_json, to_json
 from coca_video.models.coca import CoCa
 from coca_video.train.pretrain import PretrainConfig
 from coca_video.train.probe_config import ProbeConfig
+from coca_video.train.sweep_config import SweepConfig
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.py"))
-TYPES = {"pretrain": PretrainConfig, "probe": ProbeConfig}
+TYPES = {"pretrain": PretrainConfig, "probe": ProbeConfig, "sweep": SweepConfig}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
@@ -30,5 +31,5 @@ def test_config(path: Path) -> None:
             CoCa(config.model)
 
 
-def test_there_are_configs_for_both_verbs() -> None:
+def test_there_are_configs_for_every_verb() -> None:
     assert {path.parent.name for path in CONFIGS} == set(TYPES)

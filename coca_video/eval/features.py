@@ -62,6 +62,8 @@ def frozen_encode(model: VideoClassifier, *, device: torch.device, bf16: bool = 
     In fp32 the normalisation is folded into the patch embedding where there is a plain one (`fold_normalization`): the
     tokens are the same within 1e-5. Under bf16 it is not: what is saved there costs half a percent of exactness.
     """
+    if not any(parameter.requires_grad for parameter in model.encoder.parameters()):
+        model.encoder.eval()  # a batch norm in training would use, and change, other statistics than it was trained to
     folded = None if bf16 else _folded(model)
     if folded is None:
         return partial(encode_frames, model, device=device, bf16=bf16)

@@ -58,7 +58,7 @@ def build_classifier(config: ProbeConfig, *, num_classes: int, pretrained: Saved
     if config.image_size is not None and config.image_size != image.image_size:
         resize_encoder(model.encoder, image_size=config.image_size)
         model.config = replace(model.config, image=model.encoder.config)
-    model.encoder.requires_grad_(False)
+    model.encoder.requires_grad_(False).eval()
     model.head = fresh_head(model, seed=config.loop.seed)
     if coca is not None:
         start_from_contrastive_pooler(model.head, coca=coca)

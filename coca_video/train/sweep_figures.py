@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Generator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -125,8 +124,8 @@ class HeldOutPart:
             return
         bf16 = self._config.loop.precision == "bf16"
         clips = share_of_rank(self._clips)
-        with progress_bar("evaluating held-out clips", total=len(clips)) if len(clips) else nullcontext() as bar:
-            for batch in one_pass(clips, collate=collate_clips, on_batch=bar and bar.update, **options):
+        with progress_bar("evaluating held-out clips", total=len(clips)) as bar:
+            for batch in one_pass(clips, collate=collate_clips, on_batch=bar.update, **options):
                 yield encode_batch(self._model, batch, device=self._device, bf16=bf16)
 
     @torch.no_grad()
@@ -198,7 +197,7 @@ def write_probes(
 
     num_held_out: clips, unreadable ones included.
     """
-    figures = [asdict(probe.held_out) for probe in probes] or [None] * len(config.probes)
+    figures = [asdict(probe.held_out) for probe in probes] if probes else [None for _ in config.probes]
     document = {
         "num_held_out": num_held_out,
         "step": step,

@@ -1,5 +1,6 @@
 """What a probe trains, chooses and tests on: which clips, read how, and that no option of it is without effect."""
 
+import csv
 import json
 from collections import Counter
 from dataclasses import replace
@@ -10,16 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from coca_video.data.loader import Order
+from coca_video.data.loader import Order, SampleKey
 from coca_video.data.manifest import read_manifest, write_manifest
-from coca_video.data.video import collate_clips
+from coca_video.data.video import Clip, ClipConfig, VideoDataset, collate_clips
 from coca_video.eval.token_cache import TokenCache
+from coca_video.hub import load, save
 from coca_video.models.head import HeadConfig
-from coca_video.models.image import VitConfig
+from coca_video.models.image import ImageEncoder, TimmConfig, VitConfig
+from coca_video.models.video import VideoClassifier
 from coca_video.train.classify import run_probe
 from coca_video.train.loop import LoopConfig
 from coca_video.train.optim import OptimConfig
-from coca_video.train.probe_config import ClipsConfig, Finetune, Lora, ProbeConfig, RandomEncoder
+from coca_video.train.probe_config import ClipsConfig, Finetune, Lora, PretrainedEncoder, ProbeConfig, RandomEncoder
 from coca_video.train.probe_data import Part, Splits, read_splits, training_data
 from coca_video.train.probe_model import build_classifier
 
@@ -254,3 +257,33 @@ def test_splits_are_told_apart_by_the_run(config: ProbeConfig) -> None:
     records = [json.loads(line) for line in (config.out / "metrics.jsonl").read_text().splitlines()]
     (evaluation,) = [record for record in records if record["kind"] == "evaluation"]
     assert evaluation["top1"] * 5 == round(evaluation["top1"] * 5)  # of the 5 held out, not of the 10 to test on
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["tokens", "clips"])
+def test_a_frozen_encoders_batch_norms_stay_as_they_are(config: ProbeConfig, tmp_path: Path, *, cached: bool) -> None:
+    """Their statistics are those it was trained to, in every pass over clips, and nothing changes them."""
+    torch.manual_seed(0)
+    encoder = ImageEncoder(TimmConfig(name="test_efficientnet", image_size=48))
+    encoder.train()(torch.randn(16, 3, 48, 48))  # statistics that differ from a batch's and from fresh ones
+    save(tmp_path / "cnn", model=encoder)
+    before = load(tmp_path / "cnn").encoder
+    config = replace(
+        config,
+        encoder=PretrainedEncoder(model=str(tmp_path / "cnn")),
+        token_cache=config.token_cache if cached else None,
+        token_dtype="fp32" if cached else "bf16",
+        clips=replace(config.clips, test_split="test"),
+    )
+    result = run_probe(config)
+    model = load(result.model_folder).model
+    assert isinstance(model, VideoClassifier)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, model.encoder.state_dict()[name]), name
+    test = read_manifest(config.clips.train).select(split="test")
+    clip = VideoDataset(test, config=ClipConfig(num_frames=2, image_size=48), seed=0)[SampleKey(0, 0)]
+    assert isinstance(clip, Clip)
+    with torch.no_grad():
+        expected = model((clip.frames.unsqueeze(0).float() / 255 - 0.5) / 0.5)[0].softmax(dim=0)
+    with (config.out / "test_videos.csv").open(newline="") as file:
+        (row,) = [row for row in csv.reader(file) if row[0] == clip.video_id]
+    assert [float(cell) for cell in row[3:]] == pytest.approx(expected.tolist(), abs=1e-5)

@@ -122,8 +122,8 @@ def config_of(kind: str, *, clips: Path, folder: Path) -> ProbeConfig:
     )
 
 
-# Each starts processes that import torch: two for every run, the others with the drills.
-MORE_KINDS = KINDS.keys() - {"frozen-ddp-cached", "finetune-fsdp2"}
+# Each starts processes that import torch: one for every run, the others with the drills.
+MORE_KINDS = KINDS.keys() - {"finetune-fsdp2"}
 
 
 @pytest.mark.slow

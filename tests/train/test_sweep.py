@@ -434,8 +434,8 @@ def run_on_a_rank(config: SweepConfig) -> tuple[int, list[dict[str, float]], Any
     return swept.chosen.number, [asdict(one.held_out) for one in swept.probes], swept.result.evaluation
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.drill)])
+@pytest.mark.drill
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_sweep_as_one(probe: ProbeConfig, tmp_path: Path, strategy: Literal["ddp", "fsdp2"]) -> None:
     """Batches of 5 from videos: the ranks train on 2 and 3 clips, and evaluate 3 and 2 held out."""
     probe = replace(probe, token_cache=None, token_dtype="bf16", loop=replace(probe.loop, batch_size=5))

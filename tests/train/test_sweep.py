@@ -365,10 +365,8 @@ class Killed(BaseException):
     """Stands for the process ending without a chance to do anything."""
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "places", [("sweep_step", "_test"), pytest.param(("best_of", "save_classifier"), marks=pytest.mark.drill)]
-)
+@pytest.mark.drill
+@pytest.mark.parametrize("places", [("sweep_step", "_test"), ("best_of", "save_classifier")])
 def test_death_anywhere(
     probe: ProbeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, places: tuple[str, ...]
 ) -> None:

@@ -5,7 +5,9 @@ from contextlib import closing
 from dataclasses import KW_ONLY, dataclass
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
 import torch
+from jaxtyping import Int64
 
 from coca_video.data.loader import SampleKey, Samples, Unreadable, in_order
 from coca_video.data.loader_workers import sample_timeout_seconds
@@ -26,19 +28,15 @@ class SizedSamples(Samples[SampleT_co], Protocol[SampleT_co]):
 
 
 @dataclass(frozen=True)
-class RankShare(Generic[SampleT]):
-    """The samples `number`, `number + count`, ... of a data set: no rank reads what another does, and all are read.
-
-    One in `count` and not one part of `count`: manifests are sorted by class, and classes differ in their videos.
-    """
+class Rows(Generic[SampleT]):
+    """Some rows of a data set as a data set: a held-out part, a fold, what a rank takes."""
 
     dataset: SizedSamples[SampleT]
     _: KW_ONLY
-    number: int
-    count: int
+    rows: Int64[np.ndarray, "rows"]
 
     def __len__(self) -> int:
-        return len(range(self.number, len(self.dataset), self.count))
+        return len(self.rows)
 
     @property
     def sample_timeout_seconds(self) -> float | None:
@@ -46,12 +44,20 @@ class RankShare(Generic[SampleT]):
         return sample_timeout_seconds(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> SampleT | Unreadable:
-        return self.dataset[SampleKey(key.epoch, self.number + self.count * key.index)]
+        return self.dataset[SampleKey(key.epoch, int(self.rows[key.index]))]
 
 
-def share_of_rank(dataset: SizedSamples[SampleT]) -> RankShare[SampleT]:
+def share_of(dataset: SizedSamples[SampleT], *, number: int, count: int) -> Rows[SampleT]:
+    """The samples `number`, `number + count`, ...: no share has what another has, and all are in one.
+
+    One in `count` and not one part of `count`: manifests are sorted by class, and classes differ in their videos.
+    """
+    return Rows(dataset, rows=np.arange(number, len(dataset), count, dtype=np.int64))
+
+
+def share_of_rank(dataset: SizedSamples[SampleT]) -> Rows[SampleT]:
     """What of `dataset` this rank evaluates: all of it without a process group."""
-    return RankShare(dataset, number=rank(), count=world_size())
+    return share_of(dataset, number=rank(), count=world_size())
 
 
 def over_ranks(values: list[ValueT]) -> list[ValueT]:

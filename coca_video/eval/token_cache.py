@@ -7,9 +7,9 @@ their pages, and a clip is one piece of a file: the system is told of all clips 
 import mmap
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +17,10 @@ from jaxtyping import Float32, Int64, Shaped
 from torch import Tensor
 
 from coca_video.data.loader import SampleKey, Unreadable
-from coca_video.data.loader_workers import sample_timeout_seconds
 from coca_video.data.manifest import Manifest
 from coca_video.data.video import NO_LABEL
 from coca_video.eval.features import TokenBatch
-from coca_video.eval.passes import SizedSamples
 from coca_video.eval.token_cache_format import ShardFacts, TokenLayout, dequantize, file_bytes, read_facts, shard_path
-
-SampleT = TypeVar("SampleT")
 
 MAX_MAPS = 256  # of shards at a time: each holds a file descriptor, of which a process has 1,024 as a rule
 
@@ -206,23 +202,3 @@ def _slots(shards: Sequence[ShardFacts], *, layout: TokenLayout) -> Int64[np.nda
     before = np.cumsum(readable) - readable
     first_of_shard = before[np.arange(layout.num_clips) // layout.clips_per_shard * layout.clips_per_shard]
     return np.where(readable, before - first_of_shard, -1).astype(np.int64)
-
-
-@dataclass(frozen=True)
-class Rows(Generic[SampleT]):
-    """Some rows of a data set as a data set: a held-out part, a fold, what a rank encodes."""
-
-    dataset: SizedSamples[SampleT]
-    _: KW_ONLY
-    rows: Int64[np.ndarray, "rows"]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def sample_timeout_seconds(self) -> float | None:
-        """The data set's own."""
-        return sample_timeout_seconds(self.dataset)
-
-    def __getitem__(self, key: SampleKey) -> SampleT | Unreadable:
-        return self.dataset[SampleKey(key.epoch, int(self.rows[key.index]))]

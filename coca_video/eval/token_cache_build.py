@@ -28,7 +28,8 @@ from coca_video.data.scan import Progress
 from coca_video.data.video import ClipBatch, VideoDataset, collate_clips
 from coca_video.distributed import gather_objects, is_main, on_main, rank, world_size
 from coca_video.eval.features import Encode, frozen_encode
-from coca_video.eval.token_cache import Rows, TokenCache
+from coca_video.eval.passes import Rows
+from coca_video.eval.token_cache import TokenCache
 from coca_video.eval.token_cache_format import (
     PARTIAL_PREFIX,
     SHARD_BYTES,

@@ -18,8 +18,8 @@ from coca_video.data.prefetch import to_device_ahead
 from coca_video.eval.features import TokenBatch
 from coca_video.eval.linear import EvaluatedRow, choose
 from coca_video.eval.metrics import classification_metrics
-from coca_video.eval.passes import one_pass
-from coca_video.eval.token_cache import CachedTokens, Rows, TokenCache
+from coca_video.eval.passes import Rows, one_pass
+from coca_video.eval.token_cache import CachedTokens, TokenCache
 from coca_video.losses import classification_loss
 from coca_video.models.head import HeadConfig, VideoHead, stacked_logits
 from coca_video.models.image import ImageEncoder

@@ -30,8 +30,8 @@ from coca_video.data.workers import num_usable_cpus
 from coca_video.distributed import is_main, on_main
 from coca_video.eval.classification import ClassificationResult, evaluate_clips, evaluate_tokens
 from coca_video.eval.features import Encode
-from coca_video.eval.passes import SizedSamples
-from coca_video.eval.token_cache import PackedTokens, Rows, TokenCache
+from coca_video.eval.passes import Rows, SizedSamples
+from coca_video.eval.token_cache import PackedTokens, TokenCache
 from coca_video.eval.token_cache_build import build_token_cache
 from coca_video.models.video import VideoClassifier
 from coca_video.train.loop import progress_bar

@@ -19,7 +19,7 @@ from coca_video.data.manifest import Manifest
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.data.views import protocol
 from coca_video.eval.multiview import MultiViewDataset
-from coca_video.eval.passes import RankShare
+from coca_video.eval.passes import share_of
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def test_a_clip_s_own_limit_comes_four_minutes_before_the_workers(seconds: float
     manifest = Manifest(source=Path("none.csv"), rows=(), classes=("one",))
     clips = VideoDataset(manifest, config=ClipConfig(timeout_seconds=seconds), seed=0)
     views = MultiViewDataset(manifest, protocol=protocol("slowfast"), image_size=32, timeout_seconds=seconds)
-    for dataset in (clips, views, RankShare(clips, number=0, count=2)):
+    for dataset in (clips, views, share_of(clips, number=0, count=2)):
         assert worker_timeout(dataset) == seconds + 240
     assert worker_timeout(Numbers(-1, hang)) == 300  # it states none
-    assert worker_timeout(RankShare(Several(0.1), number=0, count=1)) == 240.1
+    assert worker_timeout(share_of(Several(0.1), number=0, count=1)) == 240.1
 
 
 @dataclass(frozen=True)

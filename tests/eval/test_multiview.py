@@ -24,7 +24,7 @@ from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.data.views import Protocol, protocol
 from coca_video.eval.classification import ClassificationResult, evaluate_clips, make_result
 from coca_video.eval.multiview import MultiViewDataset, VideoViews, evaluate_views
-from coca_video.eval.passes import RankShare, one_pass
+from coca_video.eval.passes import one_pass, share_of
 from coca_video.models.image import VitConfig
 from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 from coca_video.synthetic import ACTIONS, clip_parameters, render_clip
@@ -350,7 +350,7 @@ class Numbers:
 def test_ranks_share_all_samples_and_repeat_none(size: int, count: int) -> None:
     seen, unreadable, dealt_with = [], list[Unreadable](), list[int]()
     for number in range(count):
-        share = RankShare(Numbers(size), number=number, count=count)
+        share = share_of(Numbers(size), number=number, count=count)
         batches = one_pass(
             share,
             batch_size=2,

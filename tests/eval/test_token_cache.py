@@ -29,8 +29,8 @@ from coca_video.distributed import on_main, rank
 from coca_video.eval import features, token_cache, token_cache_build, token_cache_format
 from coca_video.eval.classification import evaluate_clips, evaluate_tokens
 from coca_video.eval.features import encode_frames, frozen_encode
-from coca_video.eval.passes import share_of_rank
-from coca_video.eval.token_cache import CachedTokens, Rows, TokenCache
+from coca_video.eval.passes import Rows, share_of_rank
+from coca_video.eval.token_cache import CachedTokens, TokenCache
 from coca_video.eval.token_cache_build import build_token_cache, token_cache_key
 from coca_video.eval.token_cache_format import TokenLayout, channel_scales, quantize
 from coca_video.models.head import HeadConfig

@@ -14,7 +14,8 @@ from coca_video.data.loader import Order, SampleKey
 from coca_video.data.manifest import Manifest, read_manifest
 from coca_video.data.video import ClipConfig, VideoDataset
 from coca_video.eval.linear import EvaluatedRow
-from coca_video.eval.token_cache import Rows, TokenCache
+from coca_video.eval.passes import Rows
+from coca_video.eval.token_cache import TokenCache
 from coca_video.eval.token_cache_build import build_token_cache
 from coca_video.models.head import VideoHead
 from coca_video.models.image import VitConfig

@@ -26,6 +26,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from coca_video.data.decode.images import upright_rgb
 from coca_video.data.loader import SampleKey, Unreadable
 from coca_video.data.sampling import sample_rng
 from coca_video.data.transforms import Interpolation, horizontal_flip, random_crop_box, resize_crop, square_crop_box
@@ -182,12 +183,15 @@ def _captions_in(*, details: bytes | None, text: bytes | None) -> tuple[str, ...
 
 
 def decode_image(encoded: bytes) -> UInt8[Tensor, "3 height width"]:
-    """The RGB pixels of a JPEG, PNG or WebP; UnreadablePair for bytes that are none, or only a part of one."""
+    """The RGB pixels of a JPEG, PNG or WebP; UnreadablePair for bytes that are none, or only a part of one.
+
+    Upright by its EXIF orientation, as a person saw it who wrote its caption.
+    """
     if not encoded:
         raise UnreadablePair("its image is empty")
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(upright_rgb(image))
     except UnidentifiedImageError as error:
         raise UnreadablePair("its image cannot be decoded: it is of no format that Pillow knows") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's, for bad bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from coca_video.cli.__main__ import main
@@ -15,12 +15,14 @@ from coca_video.cli.caption import CaptionOptions
 from coca_video.data.manifest import read_manifest
 from coca_video.data.transforms import normalize
 from coca_video.data.video import ClipConfig, load_clip
+from coca_video.eval.captioning import load_captioner
 from coca_video.hub import load, save
 from coca_video.models.coca import CoCa, CoCaConfig
 from coca_video.models.generate import GenerateConfig, generate, generate_from_tokens
 from coca_video.models.image import VitConfig
 from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 from coca_video.tokenizer import Tokenizer, train_tokenizer
+from coca_video.train.loop import pick_device
 
 CAPTIONS = ["a red circle on the left", "a photo of a blue square", "two green stars on a grey background"] * 4
 
@@ -51,7 +53,7 @@ def photo(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def clip(drawn_clips: Path) -> Path:
-    return read_manifest(drawn_clips).rows[0].path
+    return Path(read_manifest(drawn_clips).rows[0].path)
 
 
 def parts(source: str) -> tuple[CoCa, Tokenizer]:
@@ -94,6 +96,43 @@ def test_an_image_and_a_video(source: str, photo: Path, clip: Path, capsys: pyte
     assert found[0]["caption"] != found[1]["caption"]
 
 
+def test_the_verb_prints_what_the_captioner_says(
+    source: str, photo: Path, clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the bit, at the most frames that are taken; a video of 16 frames gives some several times."""
+    assert main(["caption", str(clip), str(photo), "--model", source, "--num-frames", "128", "--json"]) == 0
+    captioner = load_captioner(
+        source,
+        num_frames=128,
+        config=GenerateConfig(),
+        shorten=True,
+        decoder="auto",
+        timeout_seconds=60.0,
+        device=pick_device("auto"),
+    )
+    found = [json.loads(line) for line in lines(capsys)]
+    for line, path in zip(found, (clip, photo), strict=True):
+        caption = captioner(path)
+        assert (line["caption"], line["log_probability"]) == (caption.text, caption.log_probability)
+
+
+def test_a_photo_that_lies_on_its_side_is_set_upright(
+    source: str, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stored turned left by 90 degrees with the tag that says so, it has the caption of the photo itself."""
+    with Image.open(photo) as image:
+        sideways = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    sideways.save(tmp_path / "tagged.png", exif=exif)
+    sideways.save(tmp_path / "sideways.png")
+    files = [str(photo), str(tmp_path / "tagged.png"), str(tmp_path / "sideways.png")]
+    assert main(["caption", *files, "--model", source, "--json", "--device", "cpu"]) == 0
+    upright, tagged, untagged = (json.loads(line)["log_probability"] for line in lines(capsys))
+    assert tagged == upright
+    assert abs(untagged - upright) > 1e-3
+
+
 def test_text_lines_and_an_image_through_the_whole_model(
     source: str, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,6 +153,7 @@ def test_text_lines_and_an_image_through_the_whole_model(
         {"method": "sample", "temperature": 0.5, "top_k": 20, "top_p": 0.9, "seed": 4},
         {"method": "beam"},
         {"method": "beam", "num_beams": 3, "length_penalty": -1.0},
+        {"method": "beam", "num_beams": 64},
     ],
     ids=str,
 )
@@ -167,7 +207,10 @@ def test_unreadable_files_are_named_and_the_others_captioned(
     ("arguments", "sentence"),
     [
         ([], "expected one or more image or video files; none was given."),
-        (["FILE", "--num-frames", "0"], "--num-frames must be at least 1; got 0."),
+        (["FILE", "--num-frames", "0"], "--num-frames must be from 1 to 128; got 0."),
+        (["FILE", "--num-frames", "129"], "--num-frames must be from 1 to 128; got 129."),
+        (["FILE", "--method", "beam", "--num-beams", "0"], "--num-beams must be from 1 to 64; got 0."),
+        (["FILE", "--method", "beam", "--num-beams", "65"], "--num-beams must be from 1 to 64; got 65."),
         (["FILE", "--top-p", "0.5"], "top_p 0.5 has no effect with method 'greedy'; leave it out"),
         (
             ["FILE", "--max-length", "40"],

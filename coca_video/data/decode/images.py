@@ -5,6 +5,7 @@ Folders are what MMAction2's raw frames and TSN's tools leave; pictures are for 
 
 import io
 import re
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -113,12 +114,23 @@ def _clock(name: str, *, images_per_second: float) -> Clock:
 def _read_image(file: Path | io.BufferedReader | io.BytesIO, *, name: str) -> UInt8[np.ndarray, "height width 3"]:
     try:
         with Image.open(file) as image:
-            upright = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-            pixels = image.convert("RGB")
-            return np.asarray(pixels if upright is None else pixels.transpose(upright))
+            return np.asarray(upright_rgb(image))
     # SyntaxError, ValueError: broken PNGs; the bomb: an image of more pixels than 179 million
     except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise UnreadableVideo(f"{name} cannot be decoded ({error})") from error
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture in RGB, turned and flipped as its EXIF orientation says; as it is stored where that cannot be read.
+
+    Raises what Pillow raises for pixels that cannot be decoded.
+    """
+    pixels = image.convert("RGB")  # before the orientation is read: Pillow turns a TIFF itself, and forgets its tag
+    try:
+        transpose = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, struct.error):  # damaged EXIF beside whole pixels
+        transpose = None
+    return pixels if transpose is None else pixels.transpose(transpose)
 
 
 def _natural(path: Path) -> tuple[list[tuple[int, str]], str]:

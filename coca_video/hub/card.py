@@ -1,5 +1,6 @@
 """The model card: what a model is, how to load it, what was measured, under which licence, and what it cannot know."""
 
+import html
 import json
 import re
 from collections.abc import Sequence
@@ -11,10 +12,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from torch import nn
 
-from coca_video.hub.folder import Model, Saved
+from coca_video.hub.folder import CONFIG, Model, Saved, find_model
 from coca_video.models.coca import CoCa
+from coca_video.models.head import HeadConfig
 from coca_video.models.image import ImageConfig, ImageEncoder, VitConfig
-from coca_video.models.video import VideoClassifier
+from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 
 MAX_CLASSES_SHOWN = 100
 PAPER = "[arXiv 2205.01917](https://arxiv.org/abs/2205.01917)"
@@ -73,6 +75,33 @@ def read_measurement(path: Path) -> Measurement:
     )
 
 
+def find_results(model_folder: Path) -> list[Path]:
+    """The results kept with a model: the run's `test.json`, then what `coca-video evaluate` left, by name."""
+    roots = [model_folder]
+    if model_folder.name == "model":
+        roots.insert(0, model_folder.parent)
+    tests = [root / "test.json" for root in roots if (root / "test.json").is_file()]
+    return tests + [path for root in roots for path in sorted((root / "evaluation").glob("*.json"))]
+
+
+def measurements_of(source: Path) -> list[Measurement]:
+    """What the run or model folder `source` keeps of results; empty where it keeps none, or is no folder (hf:...)."""
+    if not source.is_dir():
+        return []
+    return [read_measurement(path) for path in find_results(find_model(source))]
+
+
+def trained_on(source: Path) -> str | None:
+    """The data that the run `source` was trained on, named as `Measurement.data` is; None where no run tells it."""
+    path = (source.parent if source.name == "model" else source) / CONFIG
+    if not path.is_file():
+        return None
+    document = json.loads(path.read_text())
+    document = document.get("probe", document)  # a sweep's clips are its probe's
+    data = document.get("clips", document.get("pairs", {})).get("train")
+    return None if data is None else _data_name(data)
+
+
 def _data_name(data: str | None) -> str:
     """A manifest is often called manifest.csv, so its folder's name goes with it; the rest of a path is private."""
     if data is None:
@@ -106,11 +135,11 @@ def model_card(
     """
     title = repo.rpartition("/")[2]
     sections = {
-        "What it is": _facts(saved),
+        "What it is": model_facts(saved),
         "How to load it": _loading(saved.model, repo=repo),
-        "Measured": _measured(measurements),
+        "Measured": measured_table(measurements),
         "Licence": _licence(saved, license=license),
-        "What it cannot know": _limits(saved),
+        "What it cannot know": model_limits(saved),
     }
     text = "\n\n".join(f"## {heading}\n\n{body}" for heading, body in sections.items())
     front = _front_matter(saved.model, title=title, license=license, measurements=measurements, datasets=datasets)
@@ -168,8 +197,8 @@ def _task(model: Model) -> tuple[str, list[str]]:
             return "image-feature-extraction", ["image-feature-extraction"]
 
 
-def _facts(saved: Saved) -> str:
-    """Kind, sizes and classes, a line each."""
+def model_facts(saved: Saved) -> str:
+    """Kind, sizes and classes in Markdown, a line each."""
     model = saved.model
     common = (
         f"- Parameters: {_parameters(model):,}, of which {_parameters(saved.encoder):,} in the image encoder.\n"
@@ -179,9 +208,9 @@ def _facts(saved: Saved) -> str:
         case VideoClassifier():
             config = model.config
             return (
-                "A video classifier: every frame goes through the image encoder, ONE learned query pools the tokens "
-                f"of all frames (CoCa, {PAPER}, section 3.3).\n\n{common}\n"
-                f"- Frames a clip in training: {config.num_frames}; any number goes.\n"
+                "A video classifier: every frame goes through the image encoder, "
+                f"{_describe_head(config.head)}.\n\n{common}\n"
+                f"- Frames a clip in training: {config.num_frames}{_describe_sampling(config)}; any number goes.\n"
                 f"- Classes ({config.num_classes}): {_class_list(saved.classes)}."
             )
         case CoCa():
@@ -207,10 +236,43 @@ def _describe_encoder(config: ImageConfig) -> str:
     return f"`{config.name}` of timm; {size}"
 
 
+def _describe_head(config: HeadConfig) -> str:
+    """How the tokens of all frames become one answer, as the end of a sentence."""
+    many = config.num_queries > 1
+    queries = f"{config.num_queries} learned queries" if many else "ONE learned query"
+    told = "" if config.time_embedding == "none" else ", to which a time embedding was added"
+    tokens = f"the tokens of all frames{told}"
+    if config.pooling == "mean":
+        how = f"the mean of {tokens} is normalised and classified"
+    elif config.num_blocks > 0:
+        blocks = f"an attentive pooler of depth {config.num_blocks}, with {queries}, pools {tokens}"
+        how = f"{blocks} ([arXiv 2506.09985](https://arxiv.org/abs/2506.09985), section 4)"
+    else:
+        how = f"{queries} {'pool' if many else 'pools'} {tokens} (CoCa, {PAPER}, section 3.3)"
+    layers = ", ".join(map(str, config.encoder_layers))
+    return f"{how}; the tokens are those of the encoder's layers {layers}" if layers else how
+
+
+def _describe_sampling(config: VideoClassifierConfig) -> str:
+    if config.stride is not None:
+        return f", one in {config.stride} of a part of the video"
+    seconds = config.clip_seconds
+    return ", spread over the whole video" if seconds is None else f", spread over {seconds:g} s of the video"
+
+
 def _class_list(classes: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in classes[:MAX_CLASSES_SHOWN])
+    shown = ", ".join(_code(name) for name in classes[:MAX_CLASSES_SHOWN])
     hidden = len(classes) - MAX_CLASSES_SHOWN
     return shown if hidden <= 0 else f"{shown} and {hidden} more in classes.txt"
+
+
+def _code(text: str) -> str:
+    """Text as a code span of Markdown, in which nothing of it acts: fenced by more backticks than it has in a row."""
+    runs = re.findall("`+", text)
+    if not runs:
+        return f"`{text}`"
+    fence = "`" * (1 + max(map(len, runs)))
+    return f"{fence} {text} {fence}"
 
 
 def _loading(model: Model, *, repo: str) -> str:
@@ -225,11 +287,13 @@ def _loading(model: Model, *, repo: str) -> str:
             return f"{python}tokens = saved.model(images)  # normalised with saved.model.config.mean and .std\n```"
 
 
-def _measured(measurements: Sequence[Measurement]) -> str:
+def measured_table(measurements: Sequence[Measurement]) -> str:
+    """A table in Markdown, a row a figure; a sentence where nothing was measured."""
     if not measurements:
         return "Nothing was measured with these weights: no result of an evaluation was published with them."
     rows = [
-        f"| {_cell(m.data)} | {_cell(m.split or 'all')} | {m.samples} | {m.setting} | {name} | {value:.4f} | {m.date} |"
+        f"| {_cell(m.data)} | {_cell(m.split or 'all')} | {_cell(m.samples)} | {_cell(m.setting)} | {_cell(name)} "
+        f"| {value:.4f} | {_cell(m.date)} |"
         for m in measurements
         for name, value in m.figures.items()
     ]
@@ -238,7 +302,8 @@ def _measured(measurements: Sequence[Measurement]) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", r"\|")
+    """Text in a cell of a table: its bars are no borders, and its tags and entities no HTML."""
+    return html.escape(text, quote=False).replace("|", r"\|")
 
 
 def _licence(saved: Saved, *, license: str) -> str:
@@ -248,11 +313,13 @@ def _licence(saved: Saved, *, license: str) -> str:
     return f"These weights: {license}. They were built on {source}, whose licence is {saved.license or 'not recorded'}."
 
 
-def _limits(saved: Saved) -> str:
+def model_limits(saved: Saved) -> str:
+    """What the model cannot tell, in Markdown, a line each."""
     match saved.model:
         case VideoClassifier():
             return (
-                "- The order of frames: they are pooled as a set, so a clip and its reverse get equal scores.\n"
+                f"- {_order_limit(saved.model.config.head)}\n"
+                "- What happens between the frames that it is shown.\n"
                 "- Sound: it sees pictures only.\n"
                 "- Actions outside its classes: scores sum to 1 over them, for a clip that shows none of them too."
             )
@@ -263,3 +330,15 @@ def _limits(saved: Saved) -> str:
             )
         case ImageEncoder():
             return "- Names: what is in its tokens only a head that is trained on them can tell."
+
+
+def _order_limit(config: HeadConfig) -> str:
+    """What the head makes of the order of frames. Self-attention without a time embedding sees a set too."""
+    if config.time_embedding == "none":
+        return "The order of frames: they are pooled as a set, so a clip and its reverse get equal scores."
+    if config.num_blocks > 1:
+        return "Motion inside the encoder: each frame is encoded alone, and only then compared with the others in time."
+    return (
+        "How one frame differs from the next: each is encoded alone and weighed by its content and its place in time, "
+        "but frames are not compared with one another before they are pooled."
+    )

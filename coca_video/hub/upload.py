@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from coca_video.hub.card import PUBLIC_SOURCE, model_card, read_measurement
+from coca_video.hub.card import PUBLIC_SOURCE, find_results, model_card, read_measurement
 from coca_video.hub.folder import CLASSES, CONFIG, TOKENIZER, WEIGHTS, find_model, load_folder
 from coca_video.hub.sources import hub_errors
 from coca_video.models.image import TimmConfig
@@ -59,12 +59,3 @@ def push(
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.create_commit(repo, operations, commit_message="Model and card")
     return str(address)
-
-
-def find_results(model_folder: Path) -> list[Path]:
-    """The results kept with a model: the run's `test.json`, then what `coca-video evaluate` left, by name."""
-    roots = [model_folder]
-    if model_folder.name == "model":
-        roots.insert(0, model_folder.parent)
-    tests = [root / "test.json" for root in roots if (root / "test.json").is_file()]
-    return tests + [path for root in roots for path in sorted((root / "evaluation").glob("*.json"))]

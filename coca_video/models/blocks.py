@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from coca_video.models.attention import MLP, Attention
+from coca_video.models.pooler import mean_shares
 
 INITIAL_STD = 0.02
 MLP_RATIO = 4
@@ -80,10 +81,31 @@ class AttentivePooler(nn.Module):
     ) -> Float[Tensor, "batch queries dim"]:
         """Pools `tokens`. `mask` is True for real ones, at least one a row; others, if finite, count for nothing."""
         key_mask = None if mask is None else mask.unsqueeze(1)
-        for block in self.layers:
-            tokens = block(tokens, mask=key_mask)
+        tokens = self._mix(tokens, mask=key_mask)
         pooled: Tensor = self.cross(self.query.expand(len(tokens), -1, -1), tokens=tokens, mask=key_mask)
         return pooled
+
+    def attention_weights(
+        self, tokens: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """The share of each token in the cross-attention, mean over heads and queries; the shares of a row sum to 1.
+
+        With self-attention blocks it is the share of what they made of that token and of what it saw of the others.
+        """
+        attention = self.cross.attention
+        tokens = self._mix(tokens, mask=None if mask is None else mask.unsqueeze(1))
+        query = attention.q_proj(self.query).unflatten(-1, (attention.num_heads, -1))
+        key = attention.k_proj(self.cross.norm_context(tokens)).unflatten(-1, (attention.num_heads, -1))
+        scores = torch.einsum("qhd,bnhd->bqhn", query * query.shape[-1] ** -0.5, key)
+        return mean_shares(scores.flatten(1, 2), mask=mask)
+
+    def _mix(
+        self, tokens: Float[Tensor, "batch tokens dim"], *, mask: Bool[Tensor, "batch 1 tokens"] | None
+    ) -> Float[Tensor, "batch tokens dim"]:
+        """The tokens after all self-attention blocks."""
+        for block in self.layers:
+            tokens = block(tokens, mask=mask)
+        return tokens
 
 
 @torch.no_grad()

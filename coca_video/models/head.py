@@ -107,6 +107,24 @@ class VideoHead(nn.Module):
         """
         return stacked_logits([self], tokens, mask=mask, variance=variance).squeeze(0)
 
+    def attention(
+        self,
+        tokens: Float[Tensor, "batch frames tokens dim"],
+        *,
+        mask: Bool[Tensor, "batch frames"] | None = None,
+    ) -> Float[Tensor, "batch frames tokens"] | None:
+        """The share of each token in what is pooled, mean over heads and queries; those of a clip sum to 1.
+
+        `mask` is True for real frames; others have 0. None for pooling mean, where nothing is looked at more.
+        """
+        if isinstance(self.pooler, MeanPooler):
+            return None
+        if self.time_embedding is not None:
+            tokens, _ = _add_time(tokens, embedding=self.time_embedding, mask=mask, variance=None)
+        flat, token_mask = _as_one_set(tokens, mask=mask)
+        shares = self.pooler.attention_weights(flat.to(self.pooler.query.dtype), mask=token_mask)
+        return shares.view(tokens.shape[:3])
+
 
 def stacked_logits(
     heads: Sequence[VideoHead],
@@ -169,8 +187,8 @@ def _pool(
     first = heads[0]
     if first.time_embedding is not None:
         tokens, variance = _add_time(tokens, embedding=first.time_embedding, mask=mask, variance=variance)
-    token_mask = None if mask is None else mask.repeat_interleave(tokens.shape[2], dim=1)
-    flat, pooler = tokens.flatten(1, 2), first.pooler
+    flat, token_mask = _as_one_set(tokens, mask=mask)
+    pooler = first.pooler
     if isinstance(pooler, AttentionalPooler) and _folds(pooler):
         poolers = [head.pooler for head in heads if isinstance(head.pooler, AttentionalPooler)]
         flat_variance = None if variance is None else variance.flatten(1)
@@ -179,6 +197,13 @@ def _pool(
         flat = flat.to(pooler.query.dtype)
     pooled: Tensor = pooler(flat, mask=token_mask)
     return pooled.unsqueeze(0)
+
+
+def _as_one_set(
+    tokens: Float[Tensor, "batch frames tokens dim"], *, mask: Bool[Tensor, "batch frames"] | None
+) -> tuple[Float[Tensor, "batch set dim"], Bool[Tensor, "batch set"] | None]:
+    """The tokens of all frames side by side, and which of them are of real frames."""
+    return tokens.flatten(1, 2), None if mask is None else mask.repeat_interleave(tokens.shape[2], dim=1)
 
 
 def _add_time(

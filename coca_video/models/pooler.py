@@ -74,6 +74,28 @@ class AttentionalPooler(nn.Module):
         """
         return _attend_folded([self], tokens=tokens, mask=mask, variance=variance).squeeze(0)
 
+    def attention_weights(
+        self, tokens: Float[Tensor, "batch tokens context_dim"], *, mask: Bool[Tensor, "batch tokens"] | None = None
+    ) -> Float[Tensor, "batch tokens"]:
+        """The share of each token in what is pooled, mean over heads and queries; the shares of a row sum to 1.
+
+        By the folded queries, without keys, for any number of queries. At least fp32, whatever the tokens are.
+        """
+        dtype = torch.promote_types(tokens.dtype, self.query.dtype)
+        with torch.autocast(device_type=tokens.device.type, enabled=False):
+            query = _folded_queries([self]).flatten(0, 2).to(dtype)
+            # The gain is folded into the queries, and the bias moves all scores of a query alike.
+            normed = F.layer_norm(tokens.to(dtype), tokens.shape[-1:], eps=self.norm_context.eps)
+            return mean_shares((normed @ query.T).transpose(1, 2), mask=mask)
+
+
+def mean_shares(
+    scores: Float[Tensor, "batch rows tokens"], *, mask: Bool[Tensor, "batch tokens"] | None
+) -> Float[Tensor, "batch tokens"]:
+    """The softmax of each row (a head of a query) over the tokens that `mask` does not hide, mean over the rows."""
+    visible = scores if mask is None else scores.masked_fill(~mask.unsqueeze(1), float("-inf"))
+    return visible.softmax(dim=-1).mean(dim=1)
+
 
 def pool_folded(
     poolers: Sequence[AttentionalPooler],

@@ -8,14 +8,25 @@ from unittest.mock import MagicMock, create_autospec
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard
 
 import coca_video.hub.upload
 from coca_video.eval.classification import ClassificationResult, write_result
 from coca_video.eval.metrics import classification_metrics
 from coca_video.hub import Saved, fingerprint, load, push, save
-from coca_video.hub.card import model_card, read_measurement
+from coca_video.hub.card import (
+    Measurement,
+    measured_table,
+    measurements_of,
+    model_card,
+    model_facts,
+    model_limits,
+    read_measurement,
+    trained_on,
+)
 from coca_video.models.coca import CoCa, CoCaConfig
+from coca_video.models.head import HeadConfig
 from coca_video.models.image import ImageEncoder, TimmConfig, VitConfig
 from coca_video.models.video import VideoClassifier, VideoClassifierConfig
 from coca_video.tokenizer import train_tokenizer
@@ -226,3 +237,126 @@ def test_what_is_no_result_is_a_sentence(tmp_path: Path, content: str, sentence:
     path.write_text(content)
     with pytest.raises(ValueError, match=sentence):
         read_measurement(path)
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "query": {},
+    "queries": {"num_queries": 2},
+    "mean": {"pooling": "mean"},
+    "sincos": {"time_embedding": "sincos"},
+    "blocks": {"num_blocks": 2},
+    "blocks-sincos": {"num_blocks": 2, "time_embedding": "sincos"},
+    "one-block-learned": {"num_blocks": 1, "time_embedding": "learned"},
+}
+
+
+def classifier(*, classes: tuple[str, ...] = CLASSES, stride: int | None = None, **head: Any) -> Saved:
+    torch.manual_seed(0)
+    config = VideoClassifierConfig(
+        image=VitConfig.tiny(), num_classes=len(classes), num_frames=4, stride=stride, head=HeadConfig(**head)
+    )
+    return Saved(model=VideoClassifier(config).eval(), classes=classes)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_order_is_a_limit_of_just_those_models_that_do_not_see_it(name: str) -> None:
+    """Asked of the model itself: whether a clip and its reverse get equal scores, and frames side by side too."""
+    saved = classifier(**HEADS[name])
+    model = saved.model
+    assert isinstance(model, VideoClassifier)
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        frames = torch.randn(1, 4, 3, 48, 48)
+        is_blind = torch.allclose(model(frames), model(frames.flip(1)), atol=1e-4)
+    limits = model_limits(saved)
+    assert ("a clip and its reverse get equal scores" in limits) == is_blind == ("time_embedding" not in HEADS[name])
+    assert ("compared with the others in time" in limits) == (name == "blocks-sincos")
+    assert ("not compared with one another" in limits) == (name in ("sincos", "one-block-learned"))
+    assert limits.splitlines()[1:] == [
+        "- What happens between the frames that it is shown.",
+        "- Sound: it sees pictures only.",
+        "- Actions outside its classes: scores sum to 1 over them, for a clip that shows none of them too.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("head", "described"),
+    [
+        ({}, "ONE learned query pools the tokens of all frames (CoCa, "),
+        ({"num_queries": 3}, "3 learned queries pool the tokens of all frames (CoCa, "),
+        ({"pooling": "mean"}, "the mean of the tokens of all frames is normalised and classified."),
+        ({"num_blocks": 4}, "an attentive pooler of depth 4, with ONE learned query, pools the tokens of all frames ("),
+        ({"time_embedding": "learned"}, "the tokens of all frames, to which a time embedding was added (CoCa, "),
+        ({"encoder_layers": (0, -1)}, "; the tokens are those of the encoder's layers 0, -1."),
+    ],
+)
+def test_the_head_is_told(head: dict[str, Any], described: str) -> None:
+    facts = model_facts(classifier(**head))
+    assert described in facts
+    assert (described in model_facts(classifier())) == (not head)
+    assert "- Frames a clip in training: 4, spread over the whole video; any number goes." in facts
+    assert "- Frames a clip in training: 4, one in 8 of a part of the video; any" in model_facts(classifier(stride=8))
+
+
+def test_class_names_do_nothing_in_markdown() -> None:
+    """A code span ends at as many backticks as began it, so these have more than any name has in a row."""
+    classes = ("plain", "a`<img src=x>", "b``c", "`")
+    facts = model_facts(classifier(classes=classes))
+    assert "- Classes (4): `plain`, `` a`<img src=x> ``, ``` b``c ```, `` ` ``." in facts
+
+
+def test_many_classes_are_cut_short() -> None:
+    facts = model_facts(classifier(classes=tuple(f"c{number}" for number in range(103))))
+    assert "`c99` and 3 more in classes.txt." in facts and "`c100`" not in facts
+
+
+def test_cells_of_the_table_hold_no_borders_and_no_html() -> None:
+    measurement = Measurement(
+        name="test",
+        data="a|b<script>&",
+        split=None,
+        date="2026-01-02",
+        samples="7 videos",
+        setting="<i>",
+        figures={"top1": 0.25, "to|p5": 0.5},
+    )
+    assert measured_table([measurement]).splitlines() == [
+        "| Data | Split | Samples | Setting | Figure | Value | Date |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        r"| a\|b&lt;script&gt;&amp; | all | 7 videos | &lt;i&gt; | top1 | 0.2500 | 2026-01-02 |",
+        r"| a\|b&lt;script&gt;&amp; | all | 7 videos | &lt;i&gt; | to\|p5 | 0.5000 | 2026-01-02 |",
+    ]
+    assert measured_table([]).startswith("Nothing was measured with these weights")
+
+
+def test_measurements_of_a_run_and_of_its_model_folder(tmp_path: Path) -> None:
+    finished_run(tmp_path / "run")
+    test = json.loads((tmp_path / "run" / "test.json").read_text())
+    for source in (tmp_path / "run", tmp_path / "run" / "model"):
+        first, second = measurements_of(source)
+        assert first.figures == {name: value for name, value in test.items() if isinstance(value, float)}
+        assert (second.name, second.data, second.figures) == ("other", "other/manifest.csv", {"top1": 0.1})
+    save(tmp_path / "bare", model=ImageEncoder(VitConfig.tiny()))
+    assert measurements_of(tmp_path / "bare") == []
+    assert measurements_of(Path("hf:org/name")) == []
+    with pytest.raises(ValueError, match="Expected a finished run or a model folder"):
+        measurements_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "data"),
+    [
+        ({"clips": {"train": "/home/someone/ucf101/manifest.csv"}}, "ucf101/manifest.csv"),
+        ({"probe": {"clips": {"train": "/home/someone/clips"}}}, "clips"),
+        ({"pairs": {"train": "shards/train-{00..05}.tar"}}, "shards/train-{00..05}.tar"),
+        ({"model": "CoCa"}, None),
+        (None, None),
+    ],
+    ids=["probe", "sweep", "pretrain", "other", "nothing"],
+)
+def test_what_a_run_was_trained_on(tmp_path: Path, config: dict[str, Any] | None, data: str | None) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert trained_on(tmp_path) == data
+    assert trained_on(tmp_path / "model") == data

@@ -31,7 +31,8 @@ ROOMS: dict[str, frozenset[str]] = {
     "synthetic": frozenset({"data"}),
     "eval": _CORE,
     "train": _CORE | {"eval"},
-    "cli": _CORE | {"eval", "train", "synthetic"},
+    "serve": _CORE | {"eval"},
+    "cli": _CORE | {"eval", "train", "serve", "synthetic"},
 }
 
 # optional library -> the only files (or folders, ending in "/") of coca_video that may import it
@@ -56,6 +57,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
     "safetensors": ("coca_video/hub/",),
     "huggingface_hub": ("coca_video/hub/",),
     "tensorboard": ("coca_video/train/log.py",),
+    "gradio": ("app/",),
 }
 
 
@@ -217,8 +219,10 @@ def test_every_imported_library_is_a_declared_dependency() -> None:
     names = {re.split(r"[<>=;\[ ]", line)[0].lower() for line in declared}
     imported = {
         name.split(".")[0]
-        for path in (REPOSITORY / "coca_video").rglob("*.py")
+        for folder in ("coca_video", "app")
+        for path in (REPOSITORY / folder).rglob("*.py")
         for _, name in imported_names(ast.parse(path.read_text()), package="coca_video")
     }
-    third_party = imported - set(sys.stdlib_module_names) - {"coca_video", "<computed>"}
+    beside_the_demo = {path.stem for path in (REPOSITORY / "app").glob("*.py")}  # it is run as a script
+    third_party = imported - set(sys.stdlib_module_names) - beside_the_demo - {"coca_video", "<computed>"}
     assert {DISTRIBUTIONS.get(name, name).lower() for name in third_party} == (names - THROUGH_TORCH) | EXTRAS

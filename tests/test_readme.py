@@ -8,6 +8,7 @@ import pytest
 
 from coca_video.cli.arguments import load_config, parse_options
 from coca_video.cli.caption import CaptionOptions
+from coca_video.cli.demo import DemoOptions
 from coca_video.cli.doctor import DoctorOptions
 from coca_video.cli.evaluate import EvaluateOptions
 from coca_video.cli.linear import LinearOptions
@@ -24,6 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = {"pretrain": PretrainConfig, "probe": ProbeConfig, "sweep": SweepConfig}
 OPTIONS = {
     "caption": CaptionOptions,
+    "demo": DemoOptions,
     "doctor": DoctorOptions,
     "evaluate": EvaluateOptions,
     "linear": LinearOptions,

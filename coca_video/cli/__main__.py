@@ -21,6 +21,7 @@ VERBS = {
     "evaluate": "accuracy of a probe on clips, or retrieval of a CoCa on captioned images",
     "predict": "name the action in video files",
     "caption": "describe images and videos with a CoCa",
+    "demo": "a page in the browser, and an API, for uploaded clips",
 }
 USAGE_ERROR, FAILED, INTERRUPTED = 2, 1, 130
 

@@ -223,5 +223,6 @@ def _print_next(options: QuickstartOptions) -> None:
         "Your own clips, laid out as clips/train/<class>/*.mp4 and clips/test/<class>/*.mp4:\n"
         f"                 {program} probe configs/probe/own_clips.py --encoder.model {out}/pretrain "
         "--clips.train clips --out runs/my_probe\n"
-        f"                 {program} predict my_clip.mp4 --model runs/my_probe"
+        f"                 {program} predict my_clip.mp4 --model runs/my_probe\n"
+        f"In a browser:    {program} demo --model {out}/probe --model {out}/pretrain"
     )

@@ -31,6 +31,8 @@ from coca_video.data.transforms import Interpolation, random_crop_box, resize_cr
 Sampling = Literal["uniform", "dense", "pytorchvideo"]
 
 NO_LABEL = -1
+_FIRST = SampleKey(epoch=0, index=0)
+_PIECE_BYTES = 256 * 2**20  # of decoded frames: 16 of 1920x1080 are 100 MB and stay together, 16 of 4096x4096 806
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +175,14 @@ def load_clip(source: VideoSource, *, config: ClipConfig) -> Clip:
     """
     if config.augment:
         raise ValueError("expected augment=False to load a single file: there is no seed and epoch to augment by")
-    key = SampleKey(epoch=0, index=0)
-    frames, times_seconds = _read_frames(source, config=config, start_seconds=None, end_seconds=None, seed=0, key=key)
-    frames = _crop(frames, config=config, seed=0, key=key)
+
+    def read() -> tuple[Tensor, np.ndarray]:
+        with open_window(source, decoder=config.decoder, start_seconds=None, end_seconds=None) as window:
+            return clip_of(window, config=config)
+
+    frames, times_seconds = within(config.timeout_seconds, read, name=_name(source))
     video_id = Path(source).stem if isinstance(source, str | Path) else ""
-    return Clip(key=key, frames=frames, label=NO_LABEL, video_id=video_id, times_seconds=times_seconds)
+    return Clip(key=_FIRST, frames=frames, label=NO_LABEL, video_id=video_id, times_seconds=times_seconds)
 
 
 class VideoWindow(NamedTuple):
@@ -186,6 +191,25 @@ class VideoWindow(NamedTuple):
     reader: VideoReader
     first: int
     last: int
+
+
+def clip_of(
+    window: VideoWindow, *, config: ClipConfig
+) -> tuple[UInt8[Tensor, "frames 3 size size"], Float64[np.ndarray, "frames"]]:
+    """A part of an open video as in evaluation: its frames, cut and resized, and their times in the video.
+
+    Frames are cut as they come, so that those of a large video are never in memory all at once. No time limit is kept.
+    UnreadableVideo for a damaged file.
+    """
+    assert not config.augment, "there is no seed and epoch to augment by"
+    reader = window.reader
+    indices = window.first + _window_indices(window, config=config, seed=0, key=_FIRST)
+    per_piece = max(1, _PIECE_BYTES // (3 * reader.height * reader.width))
+    pieces = [
+        _crop(reader.frames(indices[start : start + per_piece].tolist()), config=config, seed=0, key=_FIRST)
+        for start in range(0, len(indices), per_piece)
+    ]
+    return torch.cat(pieces), reader.times_seconds[indices]
 
 
 @contextmanager
@@ -258,13 +282,23 @@ def _read_frames(
 
     def read() -> tuple[Tensor, np.ndarray]:
         times = {"start_seconds": start_seconds, "end_seconds": end_seconds}
-        with open_window(source, decoder=config.decoder, **times) as (reader, first, last):
-            rate = reader.frames_per_second
-            indices = first + clip_indices(last - first, frames_per_second=rate, config=config, seed=seed, key=key)
-            return reader.frames(indices.tolist()), reader.times_seconds[indices]
+        with open_window(source, decoder=config.decoder, **times) as window:
+            indices = window.first + _window_indices(window, config=config, seed=seed, key=key)
+            return window.reader.frames(indices.tolist()), window.reader.times_seconds[indices]
 
-    name = str(source) if isinstance(source, str | Path) else "the video given"
-    return within(config.timeout_seconds, read, name=name)
+    return within(config.timeout_seconds, read, name=_name(source))
+
+
+def _window_indices(
+    window: VideoWindow, *, config: ClipConfig, seed: int, key: SampleKey
+) -> Int64[np.ndarray, "{config.num_frames}"]:
+    """Which frames of the window make the clip, from its first."""
+    reader, first, last = window
+    return clip_indices(last - first, frames_per_second=reader.frames_per_second, config=config, seed=seed, key=key)
+
+
+def _name(source: VideoSource) -> str:
+    return str(source) if isinstance(source, str | Path) else "the video given"
 
 
 def _crop(

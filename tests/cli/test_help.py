@@ -20,6 +20,7 @@ HEAVY = {
     "tensorboard",
     "sklearn",
     "scipy",
+    "gradio",
 }
 VERBS = (
     "doctor",
@@ -33,6 +34,7 @@ VERBS = (
     "evaluate",
     "predict",
     "caption",
+    "demo",
     "quickstart",
 )
 

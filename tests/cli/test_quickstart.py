@@ -44,7 +44,7 @@ def test_the_commands_it_prints_work(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert quickstart(out, *SMALL, "--probe-steps", "3") == 0
     lines = capsys.readouterr().out.splitlines()
     commands = [line[line.index("coca-video ") :].split()[1:] for line in lines if "coca-video " in line]
-    assert [command[0] for command in commands] == ["predict", "evaluate", "probe", "predict"]
+    assert [command[0] for command in commands] == ["predict", "evaluate", "probe", "predict", "demo"]
     assert main(commands[0]) == 0
     assert capsys.readouterr().out.count("\n") == 1 + len(ACTIONS)
     assert main(commands[1]) == 0
@@ -58,6 +58,8 @@ def test_the_commands_it_prints_work(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*probe, "--loop.steps", "3"]) == 0
     assert "videos      10 read, 0 unreadable" in capsys.readouterr().out
     assert main([replaced.get(word, word) for word in commands[3]]) == 0
+    options = parse_options(DemoOptions, verb="demo", arguments=commands[4][1:])
+    assert [load(source).model.__class__.__name__ for source in options.model] == ["VideoClassifier", "CoCa"]
 
 
 def test_too_few_clips_are_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

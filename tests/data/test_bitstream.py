@@ -64,6 +64,8 @@ def test_sequence_headers() -> None:
     hevc = b"\0\0\1\x42\x01\x01\x60\0\0\1\x26\x01\xaf"
     assert sequence_headers(hevc, record=None, codec="hevc") == {b"\x42\x01\x01\x60"}
     assert sequence_headers(hevc[:3] + hevc[10:], record=None, codec="hevc") == set()
+    for damaged, record in ((b"\0\0", AVCC), (b"no start code", None)):
+        assert sequence_headers(damaged, record=record, codec="h264") == set()
 
 
 @pytest.mark.parametrize(

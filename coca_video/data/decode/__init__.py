@@ -6,6 +6,7 @@ decord and torchcodec, and only when a video is opened.
 """
 
 from coca_video.data.decode.describe import VideoFacts, describe
+from coca_video.data.decode.header import PacketCount, VideoHeader, count_packets, read_header
 from coca_video.data.decode.open import count_frames, open_video
 from coca_video.data.decode.proof import prove
 from coca_video.data.decode.reader import BACKENDS, Backend, BackendName, VideoReader
@@ -16,13 +17,17 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendName",
+    "PacketCount",
     "UnreadableVideo",
     "VideoFacts",
+    "VideoHeader",
     "VideoReader",
     "VideoSource",
     "count_frames",
+    "count_packets",
     "describe",
     "open_video",
     "prove",
+    "read_header",
     "write_video",
 ]

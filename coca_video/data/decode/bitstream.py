@@ -47,7 +47,7 @@ def sequence_headers(data: bytes, *, record: bytes | None, codec: str) -> set[by
     """The sequence parameter sets inside a packet of "h264" or "hevc": another one may mean another picture size."""
     length_bytes = _length_bytes(record, codec=codec)
     units = _units(data, length_bytes=length_bytes)
-    ends = [at - (length_bytes or 3) for at in units[1:]] + [len(data)]
+    ends = [*(at - (length_bytes or 3) for at in units[1:]), len(data)][: len(units)]  # a damaged packet may hold none
     return {
         data[at:end].rstrip(b"\0")  # a start code of four bytes leaves one of its zeros
         for at, end in zip(units, ends, strict=True)

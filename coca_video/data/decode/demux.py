@@ -26,12 +26,26 @@ def clock(stream: "av.VideoStream") -> Clock:
     return Clock(unit_seconds=Fraction(stream.time_base or 1 / rate), frames_per_second=rate)
 
 
+def header_seconds(container: "av.container.InputContainer", stream: "av.VideoStream") -> float | None:
+    """How long the stream lasts by its header, else the whole file; None where neither is told."""
+    if stream.duration is not None and stream.time_base is not None:
+        return float(stream.duration * stream.time_base)
+    return None if container.duration is None else container.duration / 1_000_000  # AV_TIME_BASE
+
+
 @contextmanager
-def open_stream(source: Source) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
-    """The container and its best video stream, single-threaded; UnreadableVideo where there is none."""
+def open_stream(
+    source: Source, *, max_probed_pixels: int | None = None
+) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
+    """The container and its best video stream, single-threaded; UnreadableVideo where there is none.
+
+    FFmpeg decodes the first pictures of some streams to find out what they are; max_probed_pixels: none of more pixels.
+    """
     import av
 
     options = {"format_whitelist": CONTAINERS}
+    if max_probed_pixels is not None:
+        options["max_pixels"] = str(max_probed_pixels)
     if isinstance(source.data, bytes):
         opened: Any = source.open()
     else:

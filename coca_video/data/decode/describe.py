@@ -6,7 +6,7 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from coca_video.data.decode.demux import VideoPacket, clock, demux, open_stream
+from coca_video.data.decode.demux import VideoPacket, clock, demux, header_seconds, open_stream
 from coca_video.data.decode.reader import Clock, timeline
 from coca_video.data.decode.source import Source, UnreadableVideo, VideoSource, as_source
 
@@ -61,7 +61,7 @@ def describe(source: VideoSource) -> VideoFacts:
         seen = _watch(opened, container=container, stream=stream)
         context, stream_clock = stream.codec_context, clock(stream)
         components = context.format.components if context.format is not None else ()
-        header_seconds = _header_seconds(container, stream)
+        said_seconds = header_seconds(container, stream)
         times = timeline(seen.pts or [0], clock=stream_clock, last_duration=seen.last_duration)
         known = [time for time in seen.pts if time is not None]
         ends = [*seen.key_frames, len(seen.pts)]
@@ -72,7 +72,7 @@ def describe(source: VideoSource) -> VideoFacts:
         oddities = (
             *_odd_layout(container, stream, seen=seen, aspect=aspect),
             *_odd_packets(seen.packets),
-            *_odd_times(seen, clock=stream_clock, header_seconds=header_seconds, duration=times.duration_seconds),
+            *_odd_times(seen, clock=stream_clock, header_seconds=said_seconds, duration=times.duration_seconds),
             *_odd_counts(seen, header_num_frames=stream.frames),
         )
         return VideoFacts(
@@ -94,7 +94,7 @@ def describe(source: VideoSource) -> VideoFacts:
             frames_per_second=len(seen.pts) / times.duration_seconds,
             header_frames_per_second=float(stream_clock.frames_per_second),
             duration_seconds=times.duration_seconds if seen.pts else 0.0,
-            header_seconds=header_seconds,
+            header_seconds=said_seconds,
             first_time_seconds=float(min(known) * stream_clock.unit_seconds) if known else None,
             key_frames=tuple(seen.key_frames),
             key_frame_spacing=max((after - before for before, after in pairwise(ends)), default=0),
@@ -181,12 +181,6 @@ def _without_bytes(packet: VideoPacket, *, is_mpeg4: bool) -> _Packet:
 def _audio_codec(audio: "av.AudioStream") -> str:
     context: Any = audio.codec_context  # None where there is no decoder, whatever its type says
     return "unknown" if context is None else str(context.codec.canonical_name)
-
-
-def _header_seconds(container: "av.container.InputContainer", stream: "av.VideoStream") -> float | None:
-    if stream.duration is not None and stream.time_base is not None:
-        return float(stream.duration * stream.time_base)
-    return None if container.duration is None else container.duration / 1_000_000  # AV_TIME_BASE
 
 
 def _odd_layout(

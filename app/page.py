@@ -1,0 +1,115 @@
+"""The page of the demo: its tabs, its look, and how Gradio serves it."""
+
+import hmac
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+from about import build_about
+from describe import build_describe
+from endpoints import build_endpoints
+from guard import Guard, GuardedBlocks
+from recognise import build_recognise
+from shared import Shared, draw_examples
+from sweep import sweeping
+
+from coca_video.serve.service import Service
+
+HERE = Path(__file__).parent
+# A tab more is a row more.
+TABS: tuple[tuple[str, Callable[[Shared], None]], ...] = (
+    ("Recognise", build_recognise),
+    ("Describe", build_describe),
+    ("About", build_about),
+)
+STYLE = """
+.timing { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0; font-size: var(--text-sm);
+  font-variant-numeric: tabular-nums; }
+.flush .html-container { padding: 0; }
+.about { overflow-x: auto; overflow-wrap: anywhere; }
+.about th, .about td { white-space: nowrap; }
+.clip-input video { max-height: 260px; }
+.clip-input button[aria-label^="Trim"] { display: none; }
+.clip-input.without-preview:has(video)::after {
+  content: "This browser has no preview of the file; it can be read all the same.";
+  position: absolute; top: 45%; left: 10%; right: 10%; text-align: center;
+}
+"""
+EXAMPLES = "examples"  # a folder of the upload folder, whose clips stay
+MAX_SESSIONS = 200  # each holds its last answer with its frames, some hundred kB
+
+
+def build(service: Service, *, folder: Path, keep_minutes: float = 60.0) -> GuardedBlocks:
+    """The demo of the service's models.
+
+    folder: what GRADIO_TEMP_DIR names; uploads lie in it, and nothing else is read for a client. keep_minutes: how long
+    they stay.
+    """
+    examples = draw_examples(folder / EXAMPLES)
+    shared = Shared(service=service, folder=folder, examples=examples, keep_minutes=keep_minutes)
+    keep_seconds = max(1, round(60 * keep_minutes))
+    blocks = GuardedBlocks(
+        folder=folder,
+        title="coca_video",
+        analytics_enabled=False,
+        delete_cache=(_check_seconds(keep_seconds), keep_seconds),
+    )
+    with blocks:
+        gr.Markdown("# What happens in this clip?", elem_id="title")
+        with gr.Tabs(elem_id="tabs"):
+            for name, build_tab in TABS:
+                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
+                    build_tab(shared)
+        build_endpoints(shared)
+        blocks.unload(shared.waiting.leave)
+    # The service has a bounded, fair queue of its own: Gradio's lets everything through to it.
+    blocks.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+    return blocks
+
+
+def _check_seconds(keep_seconds: int) -> int:
+    """How often to look for what is too old."""
+    return max(1, min(60, keep_seconds // 4))
+
+
+def launch(
+    blocks: GuardedBlocks, *, server_name: str, server_port: int | None, password: str | None, max_megabytes: float
+) -> str:
+    """Starts serving, in threads of Gradio's; the address. `blocks.close()` ends it. ValueError: no port is free."""
+
+    def is_right(_: str, given: str) -> bool:
+        return password is not None and hmac.compare_digest(given.encode(), password.encode())
+
+    every, keep = blocks.delete_cache or (60, 3600)
+    folder = blocks.upload_folder
+    lifespan = sweeping(folder, keep_seconds=keep + 2 * every, every_seconds=every, kept=folder / EXAMPLES)
+    guard = (Guard, (), {"folder": folder})  # a class, its arguments and keywords, as Starlette unpacks them
+    try:
+        _, url, _ = blocks.launch(
+            server_name=server_name,
+            server_port=server_port,
+            auth=None if password is None else is_right,
+            auth_message="Any name, and the password of this demo.",
+            max_file_size=int(max_megabytes * 1e6),
+            show_error=False,
+            prevent_thread_lock=True,
+            inbrowser=False,
+            share=False,
+            quiet=True,
+            ssr_mode=False,
+            num_workers=0,
+            mcp_server=False,
+            pwa=False,
+            enable_monitoring=False,
+            run_history=False,
+            state_session_capacity=MAX_SESSIONS,
+            footer_links=["api", "settings"],
+            theme=gr.themes.Default(),  # its fonts come with Gradio: a page loads nothing from elsewhere
+            css=STYLE,
+            js=(HERE / "preview.js").read_text(),
+            app_kwargs={"middleware": [guard], "lifespan": lifespan},
+        )
+    except OSError as error:
+        where = "7860 to 7959" if server_port is None else server_port
+        raise ValueError(f"No port of {where} is free at {server_name}; choose another by --server-port.") from error
+    return str(url)

@@ -1,0 +1,90 @@
+"""Waiting for a job of the service, inside Gradio's event loop."""
+
+import asyncio
+import html
+import traceback
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from coca_video.serve.answers import Refused
+from coca_video.serve.fair_queue import Client
+from coca_video.serve.service import Job
+
+Answer = TypeVar("Answer")
+POLL_SECONDS = 0.1
+LAST_RESORT = "Something went wrong on the server. Try again; if it stays so, tell whoever runs this demo."
+STOPPED = "The request was cancelled."
+
+
+class Waiting:
+    """Who waits for which jobs. Used in the one thread of Gradio's event loop."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, set[Job[Any]]] = {}
+
+    async def result_of(self, job: Job[Answer], *, report: Callable[[float, str], object] | None = None) -> Answer:
+        """The job's answer. Whoever stops waiting (cancels, or closes the page) ends the job.
+
+        `report` is told the part that is done and a few words, again and again. Raises Refused, also for whatever no
+        person can do anything about; that goes to the server's own log.
+        """
+        future = asyncio.wrap_future(job.future)
+        jobs = self._jobs.setdefault(job.client.session, set())
+        jobs.add(job)
+        try:
+            while not future.done():
+                if report is not None:
+                    report(*progress_of(job))
+                await asyncio.wait({future}, timeout=POLL_SECONDS)
+        finally:
+            if not future.done():
+                job.cancel()
+            jobs.discard(job)
+            if not jobs and self._jobs.get(job.client.session) is jobs:
+                del self._jobs[job.client.session]
+        if future.cancelled():
+            raise Refused(STOPPED)
+        error = future.exception()
+        if error is not None and not isinstance(error, Refused):
+            traceback.print_exception(error)
+            raise Refused(LAST_RESORT) from error
+        return future.result()
+
+    async def leave(self, request: gr.Request) -> None:
+        """Ends the jobs of a page that was closed, which Gradio lets run on."""
+        for job in list(self._jobs.get(request.session_hash or "", ())):
+            job.cancel()
+
+
+def progress_of(job: Job[Answer]) -> tuple[float, str]:
+    """How far a job is, roughly, and the words for it."""
+    position = job.position
+    match job.stage:
+        case "waiting" if position:
+            return 0.05, f"Waiting: {position} {'clip goes' if position == 1 else 'clips go'} first"
+        case "waiting":
+            return 0.1, "Waiting: next"
+        case "reading":
+            return 0.3, "Reading the clip"
+        case "computing":
+            return 0.7, "Asking the model"
+        case "done":
+            return 1.0, "Done"
+
+
+def client_of(request: gr.Request) -> Client:
+    """The page or the program that asks; a program that names no session is known by its address."""
+    host = request.client.host if request.client is not None else "unknown"
+    return Client(session=request.session_hash or host, host=host)
+
+
+def page_error(error: Refused) -> gr.Error:
+    """What the page shows until it is closed. Gradio reads the message as HTML, so it is escaped."""
+    return gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False)
+
+
+def program_error(error: Refused) -> gr.Error:
+    """The same sentence for a program, as it is."""
+    return gr.Error(str(error), print_exception=False)

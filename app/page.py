@@ -25,6 +25,8 @@ TABS: tuple[tuple[str, Callable[[Shared], None]], ...] = (
 STYLE = """
 .timing { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 0; font-size: var(--text-sm);
   font-variant-numeric: tabular-nums; }
+.dark { --color-accent: var(--primary-400); }
+footer, footer a, footer button, .clip-input .or { color: var(--body-text-color-subdued) !important; }
 .flush .html-container { padding: 0; }
 .about { overflow-x: auto; overflow-wrap: anywhere; }
 .about th, .about td { white-space: nowrap; }
@@ -67,6 +69,22 @@ def build(service: Service, *, folder: Path, keep_minutes: float = 60.0) -> Guar
     return blocks
 
 
+def theme() -> gr.themes.Base:
+    """Gradio's, in colours whose text has a contrast of 4.5 and more (WCAG AA), in light and dark.
+
+    The fonts come with Gradio: a page loads nothing from elsewhere.
+    """
+    return gr.themes.Default(primary_hue="blue").set(
+        color_accent="*primary_600",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_700",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_400",
+    )
+
+
 def _check_seconds(keep_seconds: int) -> int:
     """How often to look for what is too old."""
     return max(1, min(60, keep_seconds // 4))
@@ -90,7 +108,9 @@ def launch(
             server_port=server_port,
             auth=None if password is None else is_right,
             auth_message="Any name, and the password of this demo.",
-            max_file_size=int(max_megabytes * 1e6),
+            max_file_size=int(
+                max_megabytes * 2**20
+            ),  # what Gradio calls MB; what is between is refused when it is read
             show_error=False,
             prevent_thread_lock=True,
             inbrowser=False,
@@ -104,7 +124,7 @@ def launch(
             run_history=False,
             state_session_capacity=MAX_SESSIONS,
             footer_links=["api", "settings"],
-            theme=gr.themes.Default(),  # its fonts come with Gradio: a page loads nothing from elsewhere
+            theme=theme(),
             css=STYLE,
             js=(HERE / "preview.js").read_text(),
             app_kwargs={"middleware": [guard], "lifespan": lifespan},

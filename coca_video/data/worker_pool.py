@@ -70,6 +70,10 @@ class WorkerPool(Generic[Item, Result]):
         finally:
             self._give_back(worker)
 
+    def wait_until_warm(self) -> None:
+        """Returns when a process takes items at once. CancelledError, ChildProcessError as of `call`."""
+        self._give_back(self._free_worker(None))
+
     def close(self) -> None:
         """Ends all processes; calls under way, and later ones, raise CancelledError."""
         with self._changed:

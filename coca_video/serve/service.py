@@ -74,7 +74,7 @@ class Service:
         max_batch: int = 8,
         read: Callable[[ReadRequest | DisplayRequest], ReadClip | str | None] = work,
     ) -> None:
-        """Returns when each model has answered once; the processes start meanwhile. ValueError for numbers below 1.
+        """Returns when each model has answered once and a process is ready to read. ValueError for numbers below 1.
 
         num_workers: processes that read. max_waiting: jobs that wait, in both lines. max_batch: clips at once, of all.
         read: what the processes run.
@@ -94,7 +94,12 @@ class Service:
             memory_limit_bytes=int(limits.read_megabytes * 1e6),
             warm_up=warm_up,
         )
-        _answer_once(models)
+        try:
+            _answer_once(models)
+            self._pool.wait_until_warm()
+        except BaseException:  # Ctrl-C, too, leaves no process behind
+            self._pool.close()
+            raise
         targets = [self._read] * num_workers + [self._compute]
         self._threads = [threading.Thread(target=target, daemon=True) for target in targets]
         for thread in self._threads:

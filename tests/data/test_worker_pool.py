@@ -311,3 +311,16 @@ def test_a_process_that_ends_while_it_starts_gets_a_second_chance(tmp_path: Path
         with pytest.raises(ChildProcessError, match=r"before it was ready \(exit status 7\)"):
             pool.call(partial(square, 3))
         assert pool.call(partial(square, 4)) == 16  # the third process
+
+
+def note_late(folder: Path) -> None:
+    time.sleep(1.0)
+    (folder / "warm").touch()
+
+
+def test_a_pool_can_be_waited_for(tmp_path: Path) -> None:
+    with WorkerPool(run, num_workers=1, timeout_seconds=PATIENCE, warm_up=partial(note_late, tmp_path)) as pool:
+        assert not (tmp_path / "warm").exists()
+        pool.wait_until_warm()
+        assert (tmp_path / "warm").exists()
+        assert pool.call(partial(square, 3)) == 9

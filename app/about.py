@@ -32,7 +32,7 @@ def demo_text(shared: Shared) -> str:
     return (
         "## This demo\n\n"
         f"- A clip has at most {limits.max_megabytes:g} MB, {limits.max_seconds:g} seconds, {limits.max_frames:,} "
-        f"frames and {limits.max_side} pixels on its longer side. Programs may send pictures too, as clips of one frame.\n"
+        f"frames and {limits.max_side} pixels on its longer side. Programs may send pictures, as clips of one frame.\n"
         f"- Reading it may take {limits.read_seconds:g} seconds and {limits.read_megabytes:g} MB of memory.\n"
         f"- Clips are not kept: they are deleted {shared.keep_minutes:g} minutes after they came, and when the demo "
         "ends.\n"

@@ -28,12 +28,13 @@ STYLE = """
 .dark { --color-accent: var(--primary-400); }
 footer, footer a, footer button, .clip-input .or { color: var(--body-text-color-subdued) !important; }
 .flush .html-container { padding: 0; }
+#recognise-label h2 { overflow-wrap: anywhere; }
 .about { overflow-x: auto; overflow-wrap: anywhere; }
 .about th, .about td { white-space: nowrap; }
 .clip-input video { max-height: 260px; }
 .clip-input button[aria-label^="Trim"] { display: none; }
 .clip-input.without-preview:has(video)::after {
-  content: "This browser has no preview of the file; it can be read all the same.";
+  content: "This browser has no preview of the file.";
   position: absolute; top: 45%; left: 10%; right: 10%; text-align: center;
 }
 """

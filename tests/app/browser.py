@@ -60,8 +60,8 @@ CONTRASTS = """() => {
   }
   return found.sort((one, other) => one[0] - other[0]);
 }"""
-# Texts that stick out of the window, or of something that hides what does, and not of something that scrolls sideways.
-CUT_OFF = """() => [...document.body.querySelectorAll("*")].filter((element) => {
+# Texts of the tabs that stick out of the window, or of what hides overflow, and not of what scrolls sideways.
+CUT_OFF = """() => [...document.querySelectorAll("[role=tabpanel] *")].filter((element) => {
   const hasText = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
   if (!hasText || !element.checkVisibility({ opacityProperty: true, visibilityProperty: true })) return false;
   const range = document.createRange();
@@ -71,7 +71,8 @@ CUT_OFF = """() => [...document.body.querySelectorAll("*")].filter((element) => 
   for (let each = element; each; each = each.parentElement) {
     const overflow = getComputedStyle(each).overflowX;
     const frame = each.getBoundingClientRect();
-    if (["auto", "scroll"].includes(overflow) && each.scrollWidth > each.clientWidth) return false;
+    if (["auto", "scroll"].includes(overflow) && each.scrollWidth > each.clientWidth)
+      return area.left + each.scrollLeft < frame.left - 1;  // nothing scrolls to the left of its start
     if (overflow !== "visible" && (area.left < frame.left - 1 || area.right > frame.right + 1)) return true;
   }
   return area.left < -1 || area.right > window.innerWidth + 1;

@@ -16,7 +16,7 @@ from tests.app.conftest import MARKUP, Predict, Visit
 from tests.app.server import Demo
 from tests.data.numbered_videos import encode, numbered_frame, rotate
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from tests.app.browser import Visitor
 from tests.app.conftest import Visit
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 ENOUGH_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
 
 

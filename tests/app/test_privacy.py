@@ -11,7 +11,7 @@ import pytest
 from tests.app.client import API, Reply, ask, call, file_data, post_json, request, upload
 from tests.app.server import PRIVATE, REPOSITORY, VERB, Demo, children, running
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.drill
 PASSWORD = "open sésame"
 
 

@@ -116,6 +116,13 @@ def test_help_says_how_to_use_the_quickstart(installed: Installed) -> None:
     assert [option for option in ("--out", *SMALL) if option not in said] == []
 
 
+def test_the_demo_is_the_one_that_came_along(installed: Installed) -> None:
+    """And not what somebody's own project has in its app/demo.py."""
+    (installed.elsewhere / "app").mkdir()
+    (installed.elsewhere / "app" / "demo.py").write_text("raise SystemExit(7)\n")
+    assert "--keep-minutes" in installed.run("coca-video", "demo", "--help").stdout
+
+
 def test_a_small_quickstart_runs_and_reports_accuracies(installed: Installed) -> None:
     installed.run("coca-video", "quickstart", "--out", "run", *itertools.chain(*SMALL.items()))
     report = json.loads((installed.elsewhere / "run" / "report.json").read_text(encoding="utf-8"))

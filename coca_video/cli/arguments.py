@@ -73,11 +73,14 @@ def find_recipe(name: Path) -> Path:
     raise ValueError(f"There is no recipe {name}, neither here nor among those that come with coca_video; {hint}")
 
 
+def shipped() -> Path:
+    """What holds configs/, datasets/ and app/: the installed package, or the checkout it is run from."""
+    return PACKAGE / "_shipped" if (PACKAGE / "_shipped").is_dir() else PACKAGE.parent
+
+
 def _roots() -> tuple[Path, ...]:
-    """Where configs and recipes are looked for: here, then in the installed package or the checkout it is run from."""
-    checkout = PACKAGE.parent
-    shipped = (PACKAGE / "_shipped",) if (PACKAGE / "_shipped").is_dir() else (checkout,)
-    return (Path.cwd(), *shipped)
+    """Where configs and recipes are looked for: here first."""
+    return (Path.cwd(), shipped())
 
 
 def call() -> str:

@@ -9,10 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from coca_video.cli.arguments import find_file
+from coca_video.cli.arguments import shipped
 from coca_video.serve.limits import Limits
-
-APP = "app/demo.py"
 
 
 def _models_of_environment() -> tuple[str, ...]:
@@ -64,5 +62,6 @@ class DemoOptions:
 
 def run(arguments: Sequence[str]) -> int:
     """Loads the models and serves until Ctrl-C: what `python app/demo.py` does."""
-    sys.path.insert(0, str(find_file(APP).parent))  # its files import each other, as when it is run as a script
+    # Its files import each other, as when it is run as a script. An app/demo.py of the working directory is not meant.
+    sys.path.insert(0, str(shipped() / "app"))
     return int(import_module("demo").main(arguments))

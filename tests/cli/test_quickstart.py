@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from coca_video.cli.__main__ import main
+from coca_video.cli.arguments import parse_options
+from coca_video.cli.demo import DemoOptions
+from coca_video.hub import load
 from coca_video.synthetic import ACTIONS
 
 SMALL = ["--num-pictures", "48", "--num-train-clips", "20", "--num-test-clips", "10", "--pretrain-steps", "3"]

@@ -84,7 +84,7 @@ def served_model(
         captioner = load_captioner(saved, num_frames=CAPTION_FRAMES, config=GenerateConfig(), shorten=True, **options)
     else:
         raise ValueError(
-            f"The model {name} is a {type(saved.model).__name__}, which neither names actions nor writes captions; "
+            f"{name} holds a {type(saved.model).__name__}, which neither names actions nor writes captions; "
             "expected the run of a probe or of a pretraining."
         )
     return ServedModel(

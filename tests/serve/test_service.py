@@ -18,7 +18,7 @@ from coca_video.data.video import load_clip
 from coca_video.serve.answers import Busy, ReadClip, Refused
 from coca_video.serve.fair_queue import Client
 from coca_video.serve.limits import Limits
-from coca_video.serve.models import ServedModel, short_names
+from coca_video.serve.models import ServedModel
 from coca_video.serve.reading import DisplayRequest, ReadRequest, work
 from coca_video.serve.service import Job, Service
 from tests.serve.models import classifier, coca
@@ -227,17 +227,3 @@ def test_a_model_that_fails_fails_for_that_batch_alone(
 def test_numbers_below_one_are_refused(models: list[ServedModel], option: str) -> None:
     with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} must be at least 1; got 0"):
         Service(models, limits=LIMITS, **{option: 0})
-
-
-@pytest.mark.parametrize(
-    ("sources", "names"),
-    [
-        (["runs/a/probe", "runs/b/coca"], ["probe", "coca"]),
-        (["runs/a/probe", "runs/b/probe"], ["a/probe", "b/probe"]),
-        (["/x/runs/a/model", "hf:org/name"], ["a", "name"]),
-        (["open_clip:coca_ViT-B-32/laion2b"], ["laion2b"]),
-        (["a/probe", "probe"], ["a/probe", "probe"]),
-    ],
-)
-def test_names_are_as_short_as_tells_them_apart(sources: list[str], names: list[str]) -> None:
-    assert short_names(sources) == names

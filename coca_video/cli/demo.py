@@ -41,7 +41,7 @@ class DemoOptions:
     keep_minutes: float = 60.0
     """Uploads, and what was made of them, are deleted after this time; all of them when the demo ends."""
     server_name: str = field(default_factory=lambda: os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"))
-    """Address to listen at; 0.0.0.0 lets other machines in."""
+    """Address to listen at; 0.0.0.0 lets other machines in. GRADIO_SERVER_NAME when not given."""
     server_port: int | None = None
     """Port; the first free one from 7860 when not given."""
     password: str | None = None
@@ -49,8 +49,8 @@ class DemoOptions:
     environment, as COCA_VIDEO_DEMO_PASSWORD."""
 
     def __post_init__(self) -> None:
-        if not self.keep_minutes > 0:
-            raise ValueError(f"expected --keep-minutes above 0, got {self.keep_minutes:g}")
+        if not 0 < self.keep_minutes < float("inf"):
+            raise ValueError(f"expected --keep-minutes above 0 and finite, got {self.keep_minutes:g}")
         if self.password == "":
             raise ValueError("expected a password that is not empty with --password")
 

@@ -163,6 +163,7 @@ class Worker(Generic[Item]):
         self.item, self.is_busy = item, True
 
     def _send(self, item: Item) -> None:
+        self._peak_bytes = 0  # of this call
         self.connection.send(item)
         self.deadline = time.monotonic() + self.timeout_seconds
 

@@ -86,6 +86,8 @@ class Predictor:
         """Seconds, after all that the device was asked to do."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
 

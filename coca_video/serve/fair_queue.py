@@ -52,13 +52,15 @@ class FairQueue(Generic[Item]):
     """Items of many clients, for any number of threads to put and to take.
 
     Sessions take turns. Among those of one turn, hosts do, so that a program that calls itself another session every
-    time gains nothing by it, while people behind one address still take turns. Ties go by arrival.
+    time gains little by it, while people behind one address still take turns. Ties go by arrival. Whoever has waited
+    longest is passed by later ones no more than twice as often as there are items here, and then is the next.
     """
 
     def __init__(self) -> None:
         self._entries: list[_Entry[Item]] = []
         self._sessions, self._hosts = _Turns(), _Turns()
         self._arrivals = itertools.count()
+        self._num_passed, self._passed = 0, -1  # how often, and the arrival of, whoever has waited longest
         self._changed = threading.Condition()
         self._is_closed = False
 
@@ -85,10 +87,10 @@ class FairQueue(Generic[Item]):
                 self._changed.wait()
             if self._is_closed:
                 return []
-            first = self._entries[0]
+            first = self._entries[self._next()]
             taken, left = [first], max_size - size(first.item)
-            for entry in self._entries[1:]:
-                if key(entry.item) != key(first.item):
+            for entry in self._entries:
+                if entry is first or key(entry.item) != key(first.item):
                     continue
                 left -= size(entry.item)
                 if left < 0:
@@ -99,6 +101,21 @@ class FairQueue(Generic[Item]):
             self._sessions.reach(first.session_turn)
             self._hosts.reach(first.host_turn)
             return [entry.item for entry in taken]
+
+    def _next(self) -> int:
+        """The place of whoever is taken now."""
+        oldest = min(range(len(self._entries)), key=lambda place: self._entries[place].arrival)
+        if self._entries[oldest].arrival != self._passed:
+            self._num_passed, self._passed = 0, self._entries[oldest].arrival
+        if self._num_passed >= 2 * len(self._entries):
+            return oldest
+        self._num_passed += 1
+        return 0
+
+    def items(self) -> list[Item]:
+        """All that wait, in order."""
+        with self._changed:
+            return [entry.item for entry in self._entries]
 
     def remove(self, item: Item) -> bool:
         """Takes an item out, wherever it stands; whether it was there."""

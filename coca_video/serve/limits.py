@@ -1,5 +1,6 @@
 """What a clip may be: of the standard library alone, so that the command line shows it without loading torch."""
 
+import math
 from dataclasses import dataclass
 
 
@@ -22,5 +23,5 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"expected --{name.replace('_', '-')} above 0, got {value:g}")
+            if not 0 < value < math.inf:
+                raise ValueError(f"expected --{name.replace('_', '-')} above 0 and finite, got {value:g}")

@@ -10,7 +10,7 @@ import torch
 from coca_video.data.decode import Backend
 from coca_video.eval.captioning import Captioner, load_captioner
 from coca_video.eval.predict import Predictor, predictor_of
-from coca_video.hub import Saved, load
+from coca_video.hub import Saved, find_model, load
 from coca_video.hub.card import Measurement, measurements_of, trained_on
 from coca_video.models.coca import CoCa
 from coca_video.models.generate import GenerateConfig
@@ -46,7 +46,8 @@ def load_models(
     """
     if not sources:
         raise ValueError("Expected at least one model: a finished run, a model folder, or hf:ORG/NAME.")
-    if twice := [source for index, source in enumerate(sources) if source in sources[:index]]:
+    places = [_place(source) for source in sources]
+    if twice := [source for index, source in enumerate(sources) if places[index] in places[:index]]:
         raise ValueError(f"{twice[0]} is given twice; give each model once.")
     names = short_names(sources)
     return [
@@ -97,11 +98,17 @@ def served_model(
     )
 
 
+def _place(source: str) -> str:
+    """The same for all ways to name a folder."""
+    path = Path(source)
+    return str(find_model(path).resolve()) if path.is_dir() else source
+
+
 def short_names(sources: Sequence[str]) -> list[str]:
-    """The last parts of each path or name, as few as tell them apart."""
+    """The last part of each path or name, or the last two, as few as tell them apart; else with a number."""
     parts = [[part for part in PurePath(source).parts if part not in ("/", "model")] or [source] for source in sources]
-    for count in range(1, max(map(len, parts)) + 1):
+    for count in (1, 2):
         names = ["/".join(part[-count:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{'/'.join(part)} ({number})" for number, part in enumerate(parts, start=1)]
+    return [f"{part[-1]} ({number})" for number, part in enumerate(parts, start=1)]

@@ -1,5 +1,6 @@
 """Uploaded clips, read in a process that may die: either what a model sees of one, or a sentence for who sent it."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -106,9 +107,10 @@ def make_display(request: DisplayRequest) -> str | None:
 
 def discard_display(out: Path) -> None:
     """Removes a file of `make_display`, and what a process left of it that was ended midway."""
-    out.unlink(missing_ok=True)
-    for half in out.parent.glob(f"{PARTIAL_PREFIX}*-{out.name}"):
-        half.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # whoever asked for it may remove the folder meanwhile
+        out.unlink(missing_ok=True)
+        for half in out.parent.glob(f"{PARTIAL_PREFIX}*-{out.name}"):
+            half.unlink(missing_ok=True)
 
 
 def _or_sentence(function: Callable[[], Answer], *, path: str) -> Answer | str:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
@@ -85,6 +86,7 @@ class Service:
         self.limits = limits
         self._models = {model.name: model for model in models}
         self._max_waiting, self._max_batch = max_waiting, max_batch
+        self._submitting = threading.Lock()
         self._to_read: FairQueue[Job[Any]] = FairQueue()
         self._to_compute: FairQueue[Job[Any]] = FairQueue()
         self._pool: WorkerPool[ReadRequest | DisplayRequest, Any] = WorkerPool(
@@ -151,7 +153,7 @@ class Service:
         """Ends the processes and threads; whoever still waits is refused."""
         for queue in (self._to_read, self._to_compute):
             for job in queue.close():
-                _refuse(job, STOPPING)
+                _refuse(job, Refused(STOPPING))
         self._pool.close()
         for thread in self._threads:
             thread.join()
@@ -163,16 +165,31 @@ class Service:
         self.close()
 
     def _submit(self, job: Job[Answer]) -> Job[Answer]:
-        waiting = len(self._to_read) + len(self._to_compute)
-        if waiting >= self._max_waiting:
-            raise Busy(f"The server is busy: {waiting} clips wait already. Try again in a minute.")
-        job.future.add_done_callback(lambda future: self._give_up(job) if future.cancelled() else None)
-        self._put(self._to_read, job)
+        with self._submitting:
+            self._make_room(job)
+            job.future.add_done_callback(lambda future: self._give_up(job) if future.cancelled() else None)
+            self._put(self._to_read, job)
         return job
+
+    def _make_room(self, newcomer: Job[Any]) -> None:
+        """When all places are taken, the host that has most of them gives one up, if that is fairer; else Busy."""
+        waiting = [*self._to_compute.items(), *self._to_read.items()]
+        if len(waiting) < self._max_waiting:
+            return
+        sentence = f"The server is busy: {len(waiting)} clips wait already. Try again in a minute."
+        of_host = Counter(job.client.host for job in waiting)
+        host, most = of_host.most_common(1)[0]
+        if of_host[newcomer.client.host] + 1 >= most:
+            raise Busy(sentence)
+        last = [job for job in waiting if job.client.host == host][-1]
+        if self._to_read.remove(last) or self._to_compute.remove(last):
+            _refuse(last, Busy(sentence))
 
     def _put(self, queue: FairQueue[Job[Any]], job: Job[Any]) -> None:
         if not queue.put(job, client=job.client):
-            _refuse(job, STOPPING)
+            _refuse(job, Refused(STOPPING))
+        elif job.cancelled.is_set():  # while it was in neither line
+            queue.remove(job)
 
     def _place(self, job: Job[Any]) -> int | None:
         place = self._to_read.place(job)
@@ -194,15 +211,16 @@ class Service:
             except CancelledError:  # of this job, or of all when the service closes
                 read = STOPPING
             except Exception:  # noqa: BLE001, a thread that ended would leave all who wait without an answer
-                read = _reported("Reading a clip failed", sentence="The clip cannot be read: the reader failed.")
+                _report("Reading a clip failed")
+                read = "The clip cannot be read: the reader failed."
             job.spent("decode")
             if isinstance(job.request, DisplayRequest) and read is not None:
                 discard_display(Path(job.request.out))
             match read:
                 case WorkerFailure(cause=cause):
-                    _refuse(job, f"The clip cannot be read: {cause}.")
+                    _refuse(job, Refused(f"The clip cannot be read: {cause}."))
                 case str():
-                    _refuse(job, read)
+                    _refuse(job, Refused(read))
                 case None:
                     assert isinstance(job.request, DisplayRequest)
                     _settle(job, Path(job.request.out))
@@ -216,15 +234,24 @@ class Service:
             for job in jobs:
                 job.spent("wait")
                 job.stage = "computing"
-            try:
-                answers = _ask(jobs)
-            except Exception:  # noqa: BLE001, as above: the memory of a GPU is full, and the next batch is smaller
-                sentence = _reported("A model failed", sentence="The model could not answer for this clip.")
+            self._answer([job for job in jobs if not job.cancelled.is_set()])
+
+    def _answer(self, jobs: Sequence[Job[Any]]) -> None:
+        """Jobs of one `_batch_key` together; one by one where that fails, for want of memory, say."""
+        if not jobs:
+            return
+        try:
+            answers = _ask(jobs, max_batch=self._max_batch)
+        except Exception:  # noqa: BLE001, as above
+            _report("A model failed")
+            if len(jobs) > 1:
                 for job in jobs:
-                    _refuse(job, sentence)
-                continue
-            for job, answer in zip(jobs, answers, strict=True):
-                _settle(job, answer)
+                    self._answer([job])
+            else:
+                _refuse(jobs[0], Refused("The model could not answer for this clip."))
+            return
+        for job, answer in zip(jobs, answers, strict=True):
+            _settle(job, answer)
 
 
 def _batch_key(job: Job[Any]) -> Hashable:
@@ -237,27 +264,29 @@ def _num_clips(job: Job[Any]) -> int:
     return len(job.clip.frames)
 
 
-def _ask(jobs: Sequence[Job[Any]]) -> list[Classified] | list[Captioned]:
-    """The answers to jobs of one `_batch_key`."""
+def _ask(jobs: Sequence[Job[Any]], *, max_batch: int) -> list[Classified] | list[Captioned]:
+    """The answers to jobs of one `_batch_key`, of max_batch clips at a time: one job may have more in its segments."""
     model = jobs[0].model
     assert model is not None
     clips = [job.clip for job in jobs if job.clip is not None]
-    frames = torch.cat([clip.frames for clip in clips])
+    batches = torch.cat([clip.frames for clip in clips]).split(max_batch)  # type: ignore[no-untyped-call]
     if model.predictor is not None:
-        predictions = model.predictor.predict_frames(frames, attention=True)
+        predictor = model.predictor
+        predictions = [each for frames in batches for each in predictor.predict_frames(frames, attention=True)]
         return [
             Classified(
                 model=model.name,
-                scores=tuple(model.predictor.ranked(prediction)),
+                scores=tuple(predictor.ranked(prediction)),
                 clip=clip,
                 attention=prediction.attention,
                 seconds=job.seconds | {"encode": prediction.encode_seconds, "pool": prediction.pool_seconds},
             )
             for job, clip, prediction in zip(jobs, clips, predictions, strict=True)
         ]
-    assert model.captioner is not None
+    captioner = model.captioner
+    assert captioner is not None
     started = time.monotonic()
-    texts = [caption.text for caption in model.captioner.caption_frames(frames)]
+    texts = [caption.text for frames in batches for caption in captioner.caption_frames(frames)]
     seconds = {"caption": time.monotonic() - started}
     parts = [texts[start : start + len(clips[0].frames)] for start in range(0, len(texts), len(clips[0].frames))]
     return [
@@ -292,16 +321,15 @@ def _settle(job: Job[Any], answer: Any) -> None:
         job.future.set_result(answer)
 
 
-def _refuse(job: Job[Any], sentence: str) -> None:
+def _refuse(job: Job[Any], refused: Refused) -> None:
     if job.future.set_running_or_notify_cancel():
         job.stage = "done"
-        job.future.set_exception(Refused(sentence))
+        job.future.set_exception(refused)
 
 
-def _reported(what: str, *, sentence: str) -> str:
-    """Tells whoever runs the server what happened; `sentence` is for the person who sent the clip."""
+def _report(what: str) -> None:
+    """Tells whoever runs the server of the exception that is being handled; no person who sent a clip sees it."""
     print(f"{what}:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-    return sentence
 
 
 def _listed(names: Sequence[str]) -> str:

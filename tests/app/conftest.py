@@ -27,7 +27,7 @@ Visit = Callable[..., Visitor]
 Predict = Callable[[Sequence[Path], str], dict[str, list[tuple[str, float]]]]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of two classifiers and of a CoCa, by name. The first has markup in its classes, and a sharp look."""
     from tests.serve.models import classifier, coca
@@ -46,14 +46,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in saved}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def demo(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     """`python app/demo.py` with all three models and LIMITS."""
     with running(list(models.values()), root=tmp_path_factory.mktemp("demo"), options=LIMITS) as demo:
         yield demo
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def faulty_demo(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
     """A demo with one classifier whose readers crash, hang for 5 s, eat memory or are slow, by the name of the clip."""
     limits = ("--read-seconds", "5", "--read-megabytes", "300")
@@ -62,7 +62,7 @@ def faulty_demo(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactor
         yield demo
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def clips(drawn_clips: Path) -> list[Path]:
     """Ten drawn clips."""
     return [Path(row.path) for row in read_manifest(drawn_clips).rows if row.split == "test"]
@@ -78,7 +78,7 @@ def named(clips: list[Path], tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def broken(tmp_path_factory: pytest.TempPathFactory, clips: list[Path]) -> Path:
     """A clip whose second half is missing."""
     path = tmp_path_factory.mktemp("broken") / "broken.mp4"
@@ -87,7 +87,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory, clips: list[Path]) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def predict(models: dict[str, Path]) -> Predict:
     """What `coca-video predict --json` says of clips by a model; an empty list where it says that one is broken."""
     from coca_video.cli.__main__ import main

@@ -113,3 +113,23 @@ def test_a_newcomer_waits_for_one_turn_of_whoever_was_served_before() -> None:
     for name in ("one", "two"):
         queue.put(name, client=session(name))
     assert drain(queue) == ["one", "two", "many 5", "many 6", "many 7", "many 8", "many 9"]
+
+
+def test_nobody_is_passed_for_ever() -> None:
+    """A program that is somebody new every time, and always there, against one that was served before."""
+    queue = FairQueue[str]()
+    for item in ("mine 0", "mine 1"):
+        queue.put(item, client=session("mine"))
+    taken = []
+    for number in range(20):
+        queue.put(f"new {number}", client=Client(session=str(number), host="program"))
+        taken += queue.take()
+    assert taken[0] == "mine 0"
+    assert taken.index("mine 1") == 1 + 2 * 3  # three wait whenever one is taken
+
+
+def test_all_that_wait_can_be_looked_at_in_order() -> None:
+    queue = FairQueue[str]()
+    for item in ("x0", "x1", "y0"):
+        queue.put(item, client=session(item[0]))
+    assert queue.items() == ["x0", "y0", "x1"] and len(queue) == 3

@@ -62,6 +62,8 @@ def test_what_cannot_be_served_is_a_sentence(runs: Path) -> None:
         loaded(runs / "encoder")
     with pytest.raises(ValueError, match="probe is given twice; give each model once"):
         loaded(runs / "probe", runs / "coca", runs / "probe")
+    with pytest.raises(ValueError, match="model is given twice"):
+        loaded(runs / "probe", runs / "probe" / "model")
     with pytest.raises(ValueError, match="Expected at least one model"):
         loaded()
 
@@ -75,6 +77,7 @@ def test_what_cannot_be_served_is_a_sentence(runs: Path) -> None:
         (["open_clip:coca_ViT-B-32/laion2b"], ["laion2b"]),
         (["a/probe", "probe"], ["a/probe", "probe"]),
         (["probe", "./probe/model"], ["probe (1)", "probe (2)"]),
+        (["/home/a/x/runs/probe", "/home/b/x/runs/probe"], ["probe (1)", "probe (2)"]),
     ],
 )
 def test_names_are_as_short_as_tells_them_apart(sources: list[str], names: list[str]) -> None:

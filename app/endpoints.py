@@ -8,7 +8,7 @@ from describe import checked_segments, is_whole
 from gradio.events import api
 from guard import uploaded_file
 from shared import Shared
-from waiting import client_of, program_error
+from waiting import program_error, program_of
 
 from coca_video.serve.answers import Refused
 
@@ -70,7 +70,8 @@ class Endpoints:
             if not is_whole(top) or top < 1:
                 raise Refused(f"Expected top as a whole number from 1; got {str(top)[:80]}.")
             name = _chosen(model, names=service.classifiers, does="names actions")
-            answer = await self.shared.waiting.result_of(service.classify(path, model=name, client=client_of(request)))
+            job = service.classify(path, model=name, client=program_of(request))
+            answer = await self.shared.waiting.result_of(job, session=request.session_hash)
         except Refused as error:
             raise program_error(error) from error
         return {
@@ -89,8 +90,8 @@ class Endpoints:
         try:
             segments = checked_segments(num_segments)
             name = _chosen(model, names=service.captioners, does="writes captions")
-            job = service.caption(path, model=name, num_segments=segments, client=client_of(request))
-            answer = await self.shared.waiting.result_of(job)
+            job = service.caption(path, model=name, num_segments=segments, client=program_of(request))
+            answer = await self.shared.waiting.result_of(job, session=request.session_hash)
         except Refused as error:
             raise program_error(error) from error
         return {

@@ -1,6 +1,7 @@
 """The page of the demo: its tabs, its look, and how Gradio serves it."""
 
 import hmac
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import gradio as gr
 from about import build_about
 from describe import build_describe
 from endpoints import build_endpoints
+from gradio.http_server import INITIAL_PORT_VALUE, TRY_NUM_PORTS
+from gradio.utils import LRUCache
 from guard import Guard, GuardedBlocks
 from recognise import build_recognise
 from shared import Shared, draw_examples
@@ -39,7 +42,8 @@ footer, footer a, footer button, .clip-input .or { color: var(--body-text-color-
 }
 """
 EXAMPLES = "examples"  # a folder of the upload folder, whose clips stay
-MAX_SESSIONS = 200  # each holds its last answer with its frames, some hundred kB
+# Of these Gradio holds the state and the messages, which are answers with their frames: some hundred kB each.
+MAX_SESSIONS = 200
 
 
 def build(service: Service, *, folder: Path, keep_minutes: float = 60.0) -> GuardedBlocks:
@@ -67,6 +71,9 @@ def build(service: Service, *, folder: Path, keep_minutes: float = 60.0) -> Guar
         blocks.unload(shared.waiting.leave)
     # The service has a bounded, fair queue of its own: Gradio's lets everything through to it.
     blocks.queue(default_concurrency_limit=None, max_size=None, api_open=False)
+    messages = getattr(blocks._queue, "pending_messages_per_session", None)
+    if isinstance(messages, LRUCache):  # Gradio has no option for it: 2000, of which each API request may be one
+        messages.max_size = MAX_SESSIONS
     return blocks
 
 
@@ -91,10 +98,25 @@ def _check_seconds(keep_seconds: int) -> int:
     return max(1, min(60, keep_seconds // 4))
 
 
+def check_address(server_name: str) -> None:
+    """ValueError for what is no address of this machine, for which Gradio would try port after port."""
+    try:
+        found = socket.getaddrinfo(server_name.strip("[]"), 0, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
+        with socket.socket(family, kind, protocol) as one:
+            one.bind(address)
+    except (OSError, UnicodeError) as error:  # UnicodeError: what can be no host's name
+        raise ValueError(f"--server-name {server_name} is no address of this machine.") from error
+
+
 def launch(
     blocks: GuardedBlocks, *, server_name: str, server_port: int | None, password: str | None, max_megabytes: float
 ) -> str:
-    """Starts serving, in threads of Gradio's; the address. `blocks.close()` ends it. ValueError: no port is free."""
+    """Starts serving, in threads of Gradio's; the address.
+
+    `blocks.close()` ends it. ValueError: no port is free, or no such address.
+    """
+    check_address(server_name)
 
     def is_right(_: str, given: str) -> bool:
         return password is not None and hmac.compare_digest(given.encode(), password.encode())
@@ -102,16 +124,15 @@ def launch(
     every, keep = blocks.delete_cache or (60, 3600)
     folder = blocks.upload_folder
     lifespan = sweeping(folder, keep_seconds=keep + 2 * every, every_seconds=every, kept=folder / EXAMPLES)
-    guard = (Guard, (), {"folder": folder})  # a class, its arguments and keywords, as Starlette unpacks them
+    options = {"folder": folder, "max_megabytes": max_megabytes}
+    guard = (Guard, (), options)  # a class, its arguments and keywords, as Starlette unpacks them
     try:
         _, url, _ = blocks.launch(
             server_name=server_name,
             server_port=server_port,
             auth=None if password is None else is_right,
             auth_message="Any name, and the password of this demo.",
-            max_file_size=int(
-                max_megabytes * 2**20
-            ),  # what Gradio calls MB; what is between is refused when it is read
+            max_file_size=int(max_megabytes * 2**20),  # what Gradio calls MB
             show_error=False,
             prevent_thread_lock=True,
             inbrowser=False,
@@ -131,6 +152,7 @@ def launch(
             app_kwargs={"middleware": [guard], "lifespan": lifespan},
         )
     except OSError as error:
-        where = "7860 to 7959" if server_port is None else server_port
+        first, last = INITIAL_PORT_VALUE, INITIAL_PORT_VALUE + TRY_NUM_PORTS - 1  # GRADIO_SERVER_PORT, else 7860
+        where = f"{first} to {last}" if server_port is None else server_port
         raise ValueError(f"No port of {where} is free at {server_name}; choose another by --server-port.") from error
     return str(url)

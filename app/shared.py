@@ -2,6 +2,7 @@
 
 import asyncio
 import html
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,12 +87,6 @@ async def converted(value: PlayerValue, *, path: Path, client: Client, shared: S
     except Refused as error:
         return with_video(value, video=None, note=f"Only the frames that were read can be shown. {error}")
     finally:
-        if not out.exists():
-            _remove(folder)
+        if not out.exists():  # whoever writes may still be at it: what it leaves behind is swept later
+            shutil.rmtree(folder, ignore_errors=True)
     return with_video(value, video=out)
-
-
-def _remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()

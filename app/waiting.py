@@ -24,14 +24,18 @@ class Waiting:
     def __init__(self) -> None:
         self._jobs: dict[str, set[Job[Any]]] = {}
 
-    async def result_of(self, job: Job[Answer], *, report: Callable[[float, str], object] | None = None) -> Answer:
+    async def result_of(
+        self, job: Job[Answer], *, report: Callable[[float, str], object] | None = None, session: str | None = None
+    ) -> Answer:
         """The job's answer. Whoever stops waiting (cancels, or closes the page) ends the job.
 
+        session: Gradio's, as `leave` is told it; that of the job's client when not given.
         `report` is told the part that is done and a few words, again and again. Raises Refused, also for whatever no
         person can do anything about; that goes to the server's own log.
         """
         future = asyncio.wrap_future(job.future)
-        jobs = self._jobs.setdefault(job.client.session, set())
+        session = job.client.session if session is None else session
+        jobs = self._jobs.setdefault(session, set())
         jobs.add(job)
         try:
             while not future.done():
@@ -42,8 +46,8 @@ class Waiting:
             if not future.done():
                 job.cancel()
             jobs.discard(job)
-            if not jobs and self._jobs.get(job.client.session) is jobs:
-                del self._jobs[job.client.session]
+            if not jobs and self._jobs.get(session) is jobs:
+                del self._jobs[session]
         if future.cancelled():
             raise Refused(STOPPED)
         error = future.exception()
@@ -75,9 +79,22 @@ def progress_of(job: Job[Answer]) -> tuple[float, str]:
 
 
 def client_of(request: gr.Request) -> Client:
-    """The page or the program that asks; a program that names no session is known by its address."""
-    host = request.client.host if request.client is not None else "unknown"
+    """The page that asks."""
+    host = _host_of(request)
     return Client(session=request.session_hash or host, host=host)
+
+
+def program_of(request: gr.Request) -> Client:
+    """The program that asks. All programs of an address take their turns as one.
+
+    Gradio gives a request that names no session a new one, and a program may name a new one each time.
+    """
+    host = _host_of(request)
+    return Client(session=host, host=host)
+
+
+def _host_of(request: gr.Request) -> str:
+    return request.client.host if request.client is not None else "unknown"
 
 
 def page_error(error: Refused) -> gr.Error:

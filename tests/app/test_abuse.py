@@ -5,6 +5,7 @@ import re
 import socket
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -246,6 +247,54 @@ def test_a_request_is_small_and_says_its_size(demo: Demo) -> None:
     assert reply.status >= 400
     assert_discreet(reply.text, demo=demo)
     assert request(f"{demo.url}/config").status == 200
+
+
+@pytest.mark.parametrize("disposition", ['name="files"; filename="large.mp4"', 'name="note"'])
+def test_an_upload_says_its_size_and_is_bounded(demo: Demo, disposition: str) -> None:
+    """A part without a file's name would go into memory. The limit is 2 MB, and another MB for the form."""
+    path = f"/{API}/upload"
+    form = {"Content-Type": "multipart/form-data; boundary=x"}
+    head = f"--x\r\nContent-Disposition: form-data; {disposition}\r\n\r\n"
+    body = head.encode() + bytes(4_000_000) + b"\r\n--x--\r\n"
+    reply = request(f"{demo.url}{path}", body=body, headers=form)
+    assert (reply.status, reply.json()["detail"]) == (413, "A clip has at most 2 MB.")
+    for length, status in ((10**9, 413), (2 * 2**20 + 1_000_001, 413), ("-1", 400), ("x", 400)):
+        reply = raw(demo, path, method="POST", headers={**form, "Content-Length": str(length)})
+        assert reply.status == status, length
+    reply = raw(demo, path, method="POST", headers={**form, "Transfer-Encoding": "chunked"}, body=b"0\r\n\r\n")
+    assert reply.status == 411 and "Content-Length" in reply.json()["detail"]
+    assert [path for path in demo.folder.rglob("*") if path.is_file() and path.stat().st_size > 2_100_000] == []
+
+
+def test_a_part_that_is_no_file_is_a_sentence(demo: Demo) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="files"\r\n\r\nabc\r\n--x--\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    reply = request(f"{demo.url}/{API}/upload", body=body, headers=headers)
+    assert reply.status == 400 and "expects" in reply.text
+    assert_discreet(reply.text, demo=demo)
+
+
+def upload_until(demo: Demo, clip: Path, *, status: int) -> Reply:
+    """Uploads again and again, since the size of the folder is looked at from time to time."""
+    deadline = time.monotonic() + 60
+    reply = upload(demo.url, clip)
+    while reply.status != status and time.monotonic() < deadline:
+        time.sleep(0.2)
+        reply = upload(demo.url, clip)
+    return reply
+
+
+def test_a_full_folder_takes_no_more(demo: Demo, clips: list[Path]) -> None:
+    """50 files of the largest size, 2 MB, are its bound. The file here has holes: it needs no disk."""
+    fill = demo.folder / "fill.bin"
+    with fill.open("wb") as file:
+        file.truncate(50 * 2 * 2**20)
+    try:
+        reply = upload_until(demo, clips[0], status=507)
+        assert reply.status == 507 and reply.json()["detail"].startswith("The server has no room for more clips now.")
+    finally:
+        fill.unlink()
+    assert upload_until(demo, clips[0], status=200).status == 200
 
 
 def png(*, height: int, width: int) -> bytes:

@@ -1,5 +1,6 @@
 """Who is let in, and what stays of a visit: addresses, the password, uploads, the end of the demo."""
 
+import http.client
 import signal
 import time
 from collections.abc import Iterator
@@ -74,6 +75,47 @@ def test_a_password_is_asked_for(closed_demo: Demo, clips: list[Path]) -> None:
     page = request(url)
     assert PASSWORD not in page.text and "probe" not in page.text
     assert PASSWORD not in closed_demo.output()
+
+
+def login_from(host: str, demo: Demo, password: str) -> Reply:
+    """From another of the addresses that this machine has, 127.0.0.0/8."""
+    connection = http.client.HTTPConnection("127.0.0.1", demo.port, timeout=60, source_address=(host, 0))
+    try:
+        headers = {"Content-Type": "application/x-www-form-urlencoded"}
+        connection.request("POST", "/login", urlencode({"username": "any", "password": password}), headers)
+        response = connection.getresponse()
+        return Reply(status=response.status, headers=dict(response.getheaders()), body=response.read())
+    finally:
+        connection.close()
+
+
+def test_passwords_cannot_be_guessed_one_after_another(closed_demo: Demo) -> None:
+    """Ten that fail, within a minute and from an address; one that succeeds is not counted."""
+    host = "127.0.0.2"
+    tries = [*(f"guess {number}" for number in range(5)), PASSWORD, *(f"other {number}" for number in range(5))]
+    assert [login_from(host, closed_demo, word).status for word in tries] == [400] * 5 + [200] + [400] * 5
+    for password in ("one more", PASSWORD):
+        reply = login_from(host, closed_demo, password)
+        assert reply.status == 429 and "Wait a minute" in reply.json()["detail"]
+    assert login_from("127.0.0.3", closed_demo, PASSWORD).status == 200
+
+
+def test_sessions_are_for_those_who_logged_in(closed_demo: Demo) -> None:
+    url = f"{closed_demo.url}/{API}"
+    cancel = {"session_hash": "s", "fn_index": 0, "event_id": "e"}
+    for headers in ({}, {"Cookie": "access-token-x=1; access-token-unsecure-x=2"}):
+        assert request(f"{url}/heartbeat/s", headers=headers).status == 401
+        assert post_json(f"{url}/cancel", cancel, headers=headers).status == 401
+        assert post_json(f"{url}/reset", {"event_id": "e"}, headers=headers).status == 401
+    cookie = {"Cookie": login(closed_demo, PASSWORD).headers["set-cookie"].split(";")[0]}
+    assert post_json(f"{url}/cancel", cancel, headers=cookie).status == 200
+    assert post_json(f"{url}/reset", {"event_id": "e"}, headers=cookie).status == 200
+    connection = http.client.HTTPConnection("127.0.0.1", closed_demo.port, timeout=60)
+    connection.request("GET", f"/{API}/heartbeat/s", headers=cookie)
+    response = connection.getresponse()
+    assert response.status == 200 and response.readline() == b"data: ALIVE\n"
+    response.close()
+    connection.close()
 
 
 def test_with_the_password_it_answers_and_forgets_in_time(closed_demo: Demo, clips: list[Path]) -> None:

@@ -254,7 +254,7 @@ def read_with_traps(name: str, *, config: ClipConfig) -> object:
     return verb.read_frames(name, config=config)
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.usefixtures("clips")
 def test_processes_that_die_cost_their_own_files(
     model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

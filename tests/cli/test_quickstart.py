@@ -81,7 +81,7 @@ def test_another_seed_is_another_world_and_another_run(tmp_path: Path) -> None:
     assert logs[0] != logs[1] and clips[0] != clips[1]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_it_learns_in_300_steps(tmp_path: Path) -> None:
     """Floors below what was measured (LOG.md): actions .51 (chance .20), colours 1.0; 1,000 steps give more."""
     out = tmp_path / "quickstart"

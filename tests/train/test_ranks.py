@@ -80,7 +80,7 @@ def assert_same_run(out: Path, *, expected: Path) -> None:
             )
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 @pytest.mark.parametrize(
     ("strategy", "optim"),
     [

@@ -7,7 +7,17 @@ from typing import Any
 import gradio as gr
 from guard import uploaded_file
 from player import captioned_value, player
-from shared import Shared, clip_input, converted, example_row, model_choice, start_of, timing_html
+from shared import (
+    Shared,
+    clip_input,
+    connect,
+    converted,
+    example_row,
+    model_choice,
+    run_buttons,
+    start_of,
+    timing_html,
+)
 from waiting import client_of, page_error
 
 from coca_video.serve.answers import Refused
@@ -71,22 +81,17 @@ def build_describe(shared: Shared) -> None:
             clip = clip_input(shared, prefix="describe")
             model = model_choice(shared.service.captioners, prefix="describe")
             segments = gr.Slider(1, MAX_SEGMENTS, value=3, step=1, label="Segments", elem_id="describe-segments")
-            with gr.Row():
-                run = gr.Button("Describe", variant="primary", min_width=120, elem_id="describe-run")
-                cancel = gr.Button("Cancel", min_width=90, elem_id="describe-cancel")
+            run, cancel = run_buttons("Describe", prefix="describe")
             example_row(shared, clip=clip, prefix="describe")
         with gr.Column(min_width=300, scale=3):
             caption = gr.Textbox(label="Caption", interactive=False, lines=2, elem_id="describe-caption")
             timing = gr.HTML(elem_id="describe-timing", elem_classes="flush")
             shown = player(elem_id="describe-player")
-    outputs = [caption, timing, shown]
-    started = run.click(
+    connect(
         Describe(shared=shared).answer,
-        inputs=[clip, model, segments],
-        outputs=outputs,
-        show_progress_on=caption,
-        concurrency_limit=None,
-        api_visibility="private",
+        run=run,
+        cancel=cancel,
+        clip=clip,
+        inputs=[model, segments],
+        outputs=[caption, timing, shown],
     )
-    cancel.click(None, cancels=[started], api_visibility="private")
-    clip.change(lambda: ("", "", None), outputs=outputs, queue=False, show_progress="hidden", api_visibility="private")

@@ -7,7 +7,17 @@ from typing import Any
 import gradio as gr
 from guard import uploaded_file
 from player import classified_value, player
-from shared import Shared, clip_input, converted, example_row, model_choice, start_of, timing_html
+from shared import (
+    Shared,
+    clip_input,
+    connect,
+    converted,
+    example_row,
+    model_choice,
+    run_buttons,
+    start_of,
+    timing_html,
+)
 from waiting import client_of, page_error
 
 from coca_video.serve.answers import Refused
@@ -54,24 +64,17 @@ def build_recognise(shared: Shared) -> None:
         with gr.Column(min_width=300, scale=2):
             clip = clip_input(shared, prefix="recognise")
             model = model_choice(shared.service.classifiers, prefix="recognise")
-            with gr.Row():
-                run = gr.Button("Recognise", variant="primary", min_width=120, elem_id="recognise-run")
-                cancel = gr.Button("Cancel", min_width=90, elem_id="recognise-cancel")
+            run, cancel = run_buttons("Recognise", prefix="recognise")
             example_row(shared, clip=clip, prefix="recognise")
         with gr.Column(min_width=300, scale=3):
             label = gr.Label(label="Actions", num_top_classes=NUM_TOP, elem_id="recognise-label")
             timing = gr.HTML(elem_id="recognise-timing", elem_classes="flush")
             shown = player(elem_id="recognise-player")
-    outputs = [label, timing, shown]
-    started = run.click(
+    connect(
         Recognise(shared=shared).answer,
-        inputs=[clip, model],
-        outputs=outputs,
-        show_progress_on=label,
-        concurrency_limit=None,
-        api_visibility="private",
-    )
-    cancel.click(None, cancels=[started], api_visibility="private")
-    clip.change(
-        lambda: (None, "", None), outputs=outputs, queue=False, show_progress="hidden", api_visibility="private"
+        run=run,
+        cancel=cancel,
+        clip=clip,
+        inputs=[model],
+        outputs=[label, timing, shown],
     )

@@ -4,6 +4,7 @@ import asyncio
 import html
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +64,37 @@ def example_row(shared: Shared, *, clip: gr.Video, prefix: str) -> None:
         elem_id=f"{prefix}-examples",
         api_visibility="private",
         cache_examples=False,
+    )
+
+
+def run_buttons(name: str, *, prefix: str) -> tuple[gr.Button, gr.Button]:
+    """What starts a job, and what ends it."""
+    with gr.Row():
+        run = gr.Button(name, variant="primary", min_width=120, elem_id=f"{prefix}-run")
+        return run, gr.Button("Cancel", min_width=90, elem_id=f"{prefix}-cancel")
+
+
+def connect(
+    answer: Callable[..., object],
+    *,
+    run: gr.Button,
+    cancel: gr.Button,
+    clip: gr.Video,
+    inputs: Sequence[gr.components.Component],
+    outputs: Sequence[gr.components.Component],
+) -> None:
+    """The first output shows how far a job is; another clip empties all of them: answer, timing, player."""
+    started = run.click(
+        answer,
+        inputs=[clip, *inputs],
+        outputs=outputs,
+        show_progress_on=outputs[0],
+        concurrency_limit=None,
+        api_visibility="private",
+    )
+    cancel.click(None, cancels=[started], api_visibility="private")
+    clip.change(
+        lambda: (None, "", None), outputs=outputs, queue=False, show_progress="hidden", api_visibility="private"
     )
 
 

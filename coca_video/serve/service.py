@@ -176,7 +176,8 @@ class Service:
         waiting = [*self._to_compute.items(), *self._to_read.items()]
         if len(waiting) < self._max_waiting:
             return
-        sentence = f"The server is busy: {len(waiting)} clips wait already. Try again in a minute."
+        wait = "1 clip waits" if len(waiting) == 1 else f"{len(waiting)} clips wait"
+        sentence = f"The server is busy: {wait} already. Try again in a minute."
         of_host = Counter(job.client.host for job in waiting)
         host, most = of_host.most_common(1)[0]
         if of_host[newcomer.client.host] + 1 >= most:

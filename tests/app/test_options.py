@@ -12,7 +12,7 @@ from tests.app.conftest import Predict
 from tests.app.server import FAULTY, Demo, running
 
 pytestmark = pytest.mark.drill
-OPTIONS = "--num-frames 2 --num-workers 1 --max-waiting 1 --read-seconds 10".split()
+OPTIONS = ["--num-frames", "2", "--num-workers", "1", "--max-waiting", "1", "--read-seconds", "10"]
 
 
 @pytest.fixture(scope="module")
